@@ -1,0 +1,24 @@
+"""Randomized smoothing: certified robustness of any classifier by voting under noise."""
+
+from lib.bounds import certified_accuracy_lower, clopper_pearson_lower, clopper_pearson_upper, top_class_pvalue
+from lib.certify import ABSTAIN, Certificates, certify, predict
+from lib.counts import RecordedCounts, SimulatedCounts
+from lib.noise import Gaussian, cohen_radius, lecuyer_radius, li_radius
+
+__all__ = [
+    "ABSTAIN",
+    "Certificates",
+    "Gaussian",
+    "RecordedCounts",
+    "SimulatedCounts",
+    "certified_accuracy_lower",
+    "certify",
+    "clopper_pearson_lower",
+    "clopper_pearson_upper",
+    "cohen_radius",
+    "lecuyer_radius",
+    "li_radius",
+    "predict",
+    "top_class_pvalue",
+]
+__version__ = "0.1.0"

@@ -1,0 +1,102 @@
+"""Binomial statistics, vectorised in float64: the interval and the tests under every certificate."""
+
+import numpy as np
+from scipy.special import betainc, betaincinv
+
+from lib.checks import check_level
+
+
+def _check_counts(k, n):
+    k, n = np.broadcast_arrays(np.asarray(k, dtype=np.float64), np.asarray(n, dtype=np.float64))
+    if not (np.isfinite(n) & (n >= 1)).all():
+        raise ValueError("n must be at least 1 draw everywhere, and finite")
+    if not ((k >= 0) & (k <= n)).all():
+        raise ValueError("k must satisfy 0 <= k <= n everywhere (k successes among n draws), and not be NaN")
+    return k, n
+
+
+def _bisect_down(k, n, alpha):
+    """The largest double p, to rounding, whose computed tail P(X >= k | n, p) is at most alpha."""
+    low, high = np.zeros_like(k), k / n
+    for _ in range(200):
+        middle = (low + high) / 2
+        if ((middle == low) | (middle == high)).all():
+            break
+        below = betainc(k, n - k + 1, middle) <= alpha
+        low, high = np.where(below, middle, low), np.where(below, high, middle)
+    return low
+
+
+def clopper_pearson_lower(k, n, alpha):
+    """One-sided lower confidence bound of a binomial probability (Clopper & Pearson 1934; LOWERCONFBOUND, Cohen et al. 2019, C).
+
+    Guarantee: P(bound > p) <= alpha for every p, over k ~ Binomial(n, p). The bound solves P(X >= k | n, bound) = alpha, that is
+    I_bound(k, n - k + 1) = alpha; it is 0 at k = 0 and alpha^(1/n) at k = n.
+
+    k, n : successes and draws, broadcast against each other; k may be real (Chen et al. 2022, definition 1).
+    alpha: one-sided failure probability in (0, 1).
+    Returns a float64 array (a float for scalars), never NaN and never too high: scipy's betaincinv returns wrong quantiles for some
+    parameters (n = 43,290, k = 42,291, alpha = .001 gives .937 instead of .975), so every value is put back into betainc and, where
+    it does not solve the equation, found by bisection, rounding down. Raises ValueError naming k, n or alpha.
+    """
+    check_level(alpha=alpha)
+    k, n = _check_counts(k, n)
+    # Where k = 0 the bound is 0 and no equation is solved; k = 1 stands in to keep scipy's arguments legal.
+    a = np.where(k > 0, k, 1.0)
+    # One part in 1e13 below the root: at most 1e-12 of radius, and rounding can no longer leave the bound above it.
+    bound = betaincinv(a, n - a + 1, alpha) * (1 - 1e-13)
+    tail = betainc(a, n - a + 1, bound)
+    wrong = ~((tail <= alpha) & (tail >= alpha * (1 - 1e-6)))
+    if wrong.any():
+        bound = np.asarray(bound)
+        bound[wrong] = _bisect_down(a[wrong], n[wrong], alpha)
+    # k = n in closed form; a hair lower for the same reason.
+    bound = np.where(k == n, np.exp(np.log(alpha) / n) * (1 - 1e-15), bound)
+    return np.where(k > 0, bound, 0.0)[()]
+
+
+def clopper_pearson_upper(k, n, alpha):
+    """One-sided upper confidence bound of a binomial probability: P(bound < p) <= alpha for every p, never too low.
+
+    The mirror image of `clopper_pearson_lower`: successes become failures. Same arguments, errors and source; 1 at k = n.
+    """
+    k, n = _check_counts(k, n)
+    return np.minimum(1.0, 1.0 - clopper_pearson_lower(n - k, n, alpha) + 1e-16)[()]
+
+
+def top_class_pvalue(n_a, n_b):
+    """p-value of the test that the class with the most votes is the top class (Hung & Fithian 2019; BINOMPVALUE, Cohen et al. 2019, C).
+
+    The two-sided exact test of n_a ~ Binomial(n_a + n_b, 1/2), with n_a >= n_b the two largest class counts (arrays broadcast).
+    Reject at p-value <= alpha: the probability of naming a wrong class is then at most alpha, over the draws.
+    Returns float64 in (0, 1]; 1 without any votes. Raises ValueError naming n_a and n_b.
+    """
+    n_a, n_b = np.broadcast_arrays(np.asarray(n_a, dtype=np.float64), np.asarray(n_b, dtype=np.float64))
+    if not ((n_a >= n_b) & (n_b >= 0)).all():
+        raise ValueError("n_a and n_b must be the largest and second-largest class counts: n_a >= n_b >= 0")
+    # P(X >= n_a | n_a + n_b, 1/2) = I_{1/2}(n_a, n_b + 1).
+    tail = betainc(np.maximum(n_a, 1), n_b + 1, 0.5)
+    return np.where(n_a > 0, np.minimum(1.0, 2 * tail), 1.0)[()]
+
+
+def certified_accuracy_lower(y, m, alpha, rho):
+    """Lower bound of the true certified accuracy (Cohen et al. 2019, theorem 5, equation 16).
+
+    Guarantee: with probability >= 1 - rho over CERTIFY's draws, the certified accuracy of the smoothed classifier on the m examples is
+    at least this, when y of them were certified correctly at failure probability alpha <= 1/2 each. Pointwise in the radius.
+    y may be an array; y = m is allowed. Returns fractions in [0, 1]. Raises ValueError naming y, m, alpha or rho.
+    """
+    check_level(alpha=alpha, rho=rho)
+    if alpha > 0.5:
+        raise ValueError(f"alpha must be at most 1/2 for theorem 5 (its variance bound needs it); got {alpha!r}")
+    y, m = _check_examples(y, m)
+    log = np.log(1 / rho)
+    slack = alpha + np.sqrt(2 * alpha * (1 - alpha) * log / m) + log / (3 * m)
+    return np.maximum(0.0, (y / m - slack) / (1 - alpha))[()]
+
+
+def _check_examples(y, m):
+    y, m = np.asarray(y, dtype=np.float64), np.asarray(m, dtype=np.float64)
+    if not ((m >= 1) & (y >= 0) & (y <= m)).all():
+        raise ValueError("y must be the number of correctly certified examples among m: 0 <= y <= m, m >= 1")
+    return y, m

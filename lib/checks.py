@@ -1,0 +1,66 @@
+"""Checks at the boundary: each bad input is answered by one ValueError that names the argument and the remedy."""
+
+import numpy as np
+import torch
+
+
+def check_level(**levels):
+    """Each keyword is a failure probability: a number in the open interval (0, 1)."""
+    for name, value in levels.items():
+        if not np.isscalar(value) or not np.isreal(value) or not 0 < value < 1:
+            raise ValueError(f"{name} must be a number in (0, 1), such as 0.001; got {value!r}")
+
+
+def check_draws(**draws):
+    """Each keyword is a number of Monte Carlo draws: a whole number >= 1, or an array of them."""
+    for name, value in draws.items():
+        array = np.asarray(value)
+        if array.dtype.kind not in "iu":
+            raise ValueError(f"{name} must be a whole number of draws (int); got {value!r}")
+        if array.size == 0 or array.min() < 1:
+            raise ValueError(f"{name} must be at least 1 draw; got {value!r}")
+
+
+def check_sigma(sigma, name="sigma"):
+    """A noise level: finite and > 0, a scalar or one value per example. Returned as float or float64 array [B]."""
+    try:
+        array = np.asarray(sigma, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a number or one number per example; got {sigma!r}") from error
+    if array.ndim > 1 or array.size == 0 or not np.isfinite(array).all() or (array <= 0).any():
+        raise ValueError(f"{name} must be finite and > 0, a scalar or one value per example; got {sigma!r}")
+    return float(array) if array.ndim == 0 else array
+
+
+def check_probability(p, name):
+    """Class probabilities in [0, 1], as a float64 array."""
+    array = np.asarray(p, dtype=np.float64)
+    if not ((array >= 0) & (array <= 1)).all():
+        raise ValueError(f"{name} must lie in [0, 1] and not be NaN; got {p!r}")
+    return array
+
+
+def check_images(x, name="x"):
+    """A batch of images: float tensor [B, channels, height, width] with values in [0, 1]."""
+    if not isinstance(x, torch.Tensor):
+        raise ValueError(f"{name} must be a torch.Tensor [B, channels, height, width]; got {type(x).__name__}")
+    if x.ndim != 4 or x.shape[0] == 0:
+        raise ValueError(f"{name} must have shape [B, channels, height, width], B >= 1 (one image: x[None]); got {list(x.shape)}")
+    if x.dtype != torch.float32:
+        raise ValueError(f"{name} must be float32 with pixels in [0, 1] (from uint8: x.float() / 255); got {x.dtype}")
+    low, high = float(x.min()), float(x.max())
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"{name} must have pixels in [0, 1]; got values from {low:.4g} to {high:.4g}. Radii are in units of pixels in [0, 1]: "
+            "divide by 255, and put the normalisation inside the model (lib.models.Normalize as its first layer)"
+        )
+
+
+def check_labels(labels, size, name="labels"):
+    """Class labels: `size` whole numbers >= 0, as an int64 array."""
+    array = np.asarray(labels)
+    if array.shape != (size,) or array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be {size} whole numbers, one per example; got shape {array.shape} of {array.dtype}")
+    if size and array.min() < 0:
+        raise ValueError(f"{name} must be class indices >= 0; got {array.min()}")
+    return array.astype(np.int64)
