@@ -32,3 +32,26 @@ def abstention(certificates):
 def envelope(accuracies):
     """The best certified accuracy at each radius over several noise levels: the maximum over the first axis of [S, R]."""
     return np.max(np.asarray(accuracies), axis=0)
+
+
+def max_absolute_decline(before, after):
+    """MAD: the largest radius that any example lost between two sets of certificates (Chen et al. 2022, section on metrics).
+
+    before, after: Certificates of the same examples, in the noise's units; abstained counts 0. It holds both runs' Monte Carlo error;
+    `lib.iss.decline` is the loss without it. Raises ValueError naming after.
+    """
+    if len(before) != len(after):
+        raise ValueError(f"after must certify the same {len(before)} examples as before; got {len(after)}")
+    return float(np.max(before.radius - after.radius))
+
+
+def average_sample_size(certificates):
+    """The mean number of draws per example, selection draws included."""
+    return float(np.mean(certificates.n))
+
+
+def speed_up(certificates, n):
+    """How many times fewer draws these certificates took than n draws (> 0) of every example would have."""
+    if not n > 0:
+        raise ValueError(f"n must be a number of draws > 0, of the standard certification; got {n!r}")
+    return float(n / np.mean(certificates.n))
