@@ -3,12 +3,15 @@
 from lib.bounds import certified_accuracy_lower, clopper_pearson_lower, clopper_pearson_upper, top_class_pvalue
 from lib.certify import ABSTAIN, Certificates, certify, predict
 from lib.counts import RecordedCounts, SimulatedCounts
+from lib.engine import BaseClassifier, ModelCounts
 from lib.noise import Gaussian, cohen_radius, lecuyer_radius, li_radius
 
 __all__ = [
     "ABSTAIN",
+    "BaseClassifier",
     "Certificates",
     "Gaussian",
+    "ModelCounts",
     "RecordedCounts",
     "SimulatedCounts",
     "certified_accuracy_lower",

@@ -8,17 +8,19 @@ from lib.checks import check_level
 
 def _check_counts(k, n):
     k, n = np.broadcast_arrays(np.asarray(k, dtype=np.float64), np.asarray(n, dtype=np.float64))
-    if not (np.isfinite(n) & (n >= 1)).all():
-        raise ValueError("n must be at least 1 draw everywhere, and finite")
-    if not ((k >= 0) & (k <= n)).all():
-        raise ValueError("k must satisfy 0 <= k <= n everywhere (k successes among n draws), and not be NaN")
+    good = np.isfinite(n) & (n >= 1)
+    if not good.all():
+        raise ValueError(f"n must be at least 1 draw everywhere, and finite; got {n[~good][0]}")
+    good = (k >= 0) & (k <= n)
+    if not good.all():
+        raise ValueError(f"k must satisfy 0 <= k <= n everywhere (k successes among n draws), not NaN; got k = {k[~good][0]}, n = {n[~good][0]}")
     return k, n
 
 
 def _bisect_down(k, n, alpha):
     """The largest double p, to rounding, whose computed tail P(X >= k | n, p) is at most alpha."""
-    low, high = np.zeros_like(k), k / n
-    for _ in range(200):
+    low, high = np.zeros_like(k), np.ones_like(k)
+    for _ in range(1200):
         middle = (low + high) / 2
         if ((middle == low) | (middle == high)).all():
             break
@@ -72,8 +74,10 @@ def top_class_pvalue(n_a, n_b):
     Returns float64 in (0, 1]; 1 without any votes. Raises ValueError naming n_a and n_b.
     """
     n_a, n_b = np.broadcast_arrays(np.asarray(n_a, dtype=np.float64), np.asarray(n_b, dtype=np.float64))
-    if not ((n_a >= n_b) & (n_b >= 0)).all():
-        raise ValueError("n_a and n_b must be the largest and second-largest class counts: n_a >= n_b >= 0")
+    good = (n_a >= n_b) & (n_b >= 0) & np.isfinite(n_a)
+    if not good.all():
+        got = f"got n_a = {n_a[~good][0]}, n_b = {n_b[~good][0]}"
+        raise ValueError(f"n_a and n_b must be the largest and second-largest class counts, n_a >= n_b >= 0, finite; {got}")
     # P(X >= n_a | n_a + n_b, 1/2) = I_{1/2}(n_a, n_b + 1).
     tail = betainc(np.maximum(n_a, 1), n_b + 1, 0.5)
     return np.where(n_a > 0, np.minimum(1.0, 2 * tail), 1.0)[()]

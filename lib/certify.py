@@ -83,11 +83,11 @@ def certify(counts, noise, n0, n, alpha, prediction=None):
     if prediction is None:
         check_draws(n0=n0)
         prediction = counts.draw(n0).argmax(axis=1)
-    elif n0 != 0:
+    elif np.any(n0):
         raise ValueError(f"n0 must be 0 where prediction gives the classes; got {n0!r}")
     else:
-        prediction = check_labels(prediction, len(counts), "prediction")
+        prediction = check_labels(prediction, len(counts), "prediction", counts.classes)
     # Fresh draws: the ones that chose the class would make the bound too high.
     votes = np.take_along_axis(counts.draw(n), prediction[:, None], axis=1)[:, 0]
     p_lower = clopper_pearson_lower(votes, n, alpha)
-    return Certificates.from_bounds(prediction, p_lower, noise, draws=n0 + n)
+    return Certificates.from_bounds(prediction, p_lower, noise, draws=np.add(n0, n))

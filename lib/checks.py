@@ -1,5 +1,7 @@
 """Checks at the boundary: each bad input is answered by one ValueError that names the argument and the remedy."""
 
+import numbers
+
 import numpy as np
 import torch
 
@@ -7,7 +9,7 @@ import torch
 def check_level(**levels):
     """Each keyword is a failure probability: a number in the open interval (0, 1)."""
     for name, value in levels.items():
-        if not np.isscalar(value) or not np.isreal(value) or not 0 < value < 1:
+        if not isinstance(value, numbers.Real) or not 0 < value < 1:
             raise ValueError(f"{name} must be a number in (0, 1), such as 0.001; got {value!r}")
 
 
@@ -56,11 +58,13 @@ def check_images(x, name="x"):
         )
 
 
-def check_labels(labels, size, name="labels"):
-    """Class labels: `size` whole numbers >= 0, as an int64 array."""
+def check_labels(labels, size, name="labels", classes=None):
+    """Class labels: `size` whole numbers >= 0 (and < classes, where given), as an int64 array."""
     array = np.asarray(labels)
     if array.shape != (size,) or array.dtype.kind not in "iu":
         raise ValueError(f"{name} must be {size} whole numbers, one per example; got shape {array.shape} of {array.dtype}")
     if size and array.min() < 0:
         raise ValueError(f"{name} must be class indices >= 0; got {array.min()}")
+    if size and classes is not None and array.max() >= classes:
+        raise ValueError(f"{name} must be class indices below {classes}, the number of classes; got {array.max()}")
     return array.astype(np.int64)

@@ -8,7 +8,7 @@ from lib.checks import check_labels
 def average_certified_radius(certificates, labels):
     """ACR: the mean radius, counted 0 where abstained or wrong (Zhai et al. 2020; Chen et al. 2022, equation 7). In the noise's units."""
     labels = check_labels(labels, len(certificates))
-    return float(np.mean(certificates.radius * (certificates.prediction == labels)))
+    return float(np.mean(np.where(certificates.prediction == labels, certificates.radius, 0.0)))
 
 
 def certified_accuracy(certificates, labels, radii):

@@ -56,16 +56,16 @@ class Gaussian:
 
 
 def _check_pair(p_a, p_b, sigma):
-    p_a, p_b = np.broadcast_arrays(check_probability(p_a, "p_a"), check_probability(p_b, "p_b"))
+    p_a, p_b, sigma = np.broadcast_arrays(check_probability(p_a, "p_a"), check_probability(p_b, "p_b"), check_sigma(sigma))
     if (p_a + p_b > 1 + 1e-12).any():
-        raise ValueError("p_a + p_b must be at most 1: they bound the probabilities of two different classes")
-    return p_a, p_b, check_sigma(sigma)
+        raise ValueError(f"p_a + p_b must be at most 1: they bound the probabilities of two different classes; got {(p_a + p_b).max()}")
+    return p_a, p_b, sigma
 
 
 def cohen_radius(p_a, p_b, sigma):
     """Certified l2 radius sigma/2 (Phi^-1(p_a) - Phi^-1(p_b)), tight (Cohen et al. 2019, theorems 1 and 2).
 
-    p_a: lower bound of the top class's probability, p_b: upper bound of every other's; arrays broadcast; sigma scalar, in pixel units.
+    p_a: lower bound of the top class's probability, p_b: upper bound of every other's; all three broadcast; sigma in pixel units.
     Returns float64 radii, 0 where p_a <= p_b. Raises ValueError naming the argument.
     """
     p_a, p_b, sigma = _check_pair(p_a, p_b, sigma)
@@ -98,7 +98,7 @@ def lecuyer_bound(p_a, p_b, beta, sigma):
     sigma beta / sqrt(2 log(1.25 (1 + e^beta) / (p_a - e^(2 beta) p_b))), for 0 < beta <= min(1, log(p_a / p_b) / 2).
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        margin = p_a - np.exp(2 * beta) * p_b
+        margin = (p_a - p_b) - np.expm1(2 * beta) * p_b
         radius = sigma * beta / np.sqrt(2 * np.log(1.25 * (1 + np.exp(beta)) / margin))
     return np.where((margin > 0) & (beta > 0) & (beta <= 1), radius, 0.0)
 
@@ -109,8 +109,7 @@ def lecuyer_radius(p_a, p_b, sigma):
     Same arguments, units and errors as `cohen_radius`, which is larger everywhere.
     """
     p_a, p_b, sigma = _check_pair(p_a, p_b, sigma)
-    with np.errstate(divide="ignore"):
-        top = np.where(p_a > p_b, np.minimum(1.0, 0.5 * np.log(p_a / np.maximum(p_b, 1e-300))), 0.0)
+    top = np.where(p_a > p_b, np.minimum(1.0, np.log1p((p_a - p_b) / np.maximum(p_b, 1e-300)) / 2), 0.0)
     return _supremum(lambda beta: lecuyer_bound(p_a, p_b, beta, sigma), np.zeros_like(top), top)[()]
 
 
@@ -120,13 +119,21 @@ def li_bound(p_a, p_b, order, sigma):
     sigma sqrt(-2/order log(1 - p_a - p_b + 2 M)), with M the power mean of p_a and p_b of exponent 1 - order, M^(1 - order) =
     (p_a^(1 - order) + p_b^(1 - order)) / 2: the exponent outside is 1/(1 - order), the geometric mean at order 1.
     """
+    # With u = log(p_a / p_b) / 2: p_a + p_b = 2 sqrt(p_a p_b) cosh(u) and M = sqrt(p_a p_b) cosh((1 - order) u)^(1 / (1 - order)).
+    # Their difference is taken in logarithms: as written above, it drowns in rounding where p_a is close to p_b.
+    p_b = np.maximum(p_b, 1e-300)
+    power = np.where(order == 1, 1e-300, 1 - order)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        power = 1 - order
-        log_a, log_b = np.log(p_a), np.log(p_b)
-        near_one = np.abs(power) < 1e-9
-        log_mean = np.where(near_one, (log_a + log_b) / 2, (np.logaddexp(power * log_a, power * log_b) - np.log(2)) / np.where(near_one, 1, power))
-        inside = -2 / order * np.log1p(-p_a - p_b + 2 * np.exp(log_mean))
+        half = np.log1p((p_a - p_b) / p_b) / 2
+        gap = _log_cosh(power * half) / power - _log_cosh(half)
+        inside = -2 / order * np.log1p((p_a + p_b) * np.expm1(gap))
     return np.where((p_a > p_b) & (inside > 0), sigma * np.sqrt(np.maximum(inside, 0)), 0.0)
+
+
+def _log_cosh(x):
+    """log cosh(x), to a relative 1e-15 also near 0 (where it is x^2 / 2) and without overflow."""
+    x = np.abs(x)
+    return np.where(x < 1, np.log1p(2 * np.sinh(np.minimum(x, 1) / 2) ** 2), x + np.log1p(np.exp(-2 * x)) - np.log(2))
 
 
 def li_radius(p_a, p_b, sigma):
@@ -135,5 +142,6 @@ def li_radius(p_a, p_b, sigma):
     Same arguments, units and errors as `cohen_radius`, which is larger everywhere. The order is searched on a logarithmic scale.
     """
     p_a, p_b, sigma = _check_pair(p_a, p_b, sigma)
-    low = np.full(p_a.shape, -7.0)
-    return _supremum(lambda t: li_bound(p_a, p_b, np.exp(t), sigma), low, -low)[()]
+    # The best order tends to 0 where p_a is close to p_b and stays below 2 elsewhere.
+    low, high = np.full(p_a.shape, -14.0), np.full(p_a.shape, 3.0)
+    return _supremum(lambda t: li_bound(p_a, p_b, np.exp(t), sigma), low, high)[()]

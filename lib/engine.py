@@ -1,0 +1,243 @@
+"""Live votes: a network under noise, counted at the speed of the hardware (the third source of counts)."""
+
+import copy
+import logging
+import os
+import shutil
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from lib.calibration import calibrated
+from lib.checks import check_draws, check_images
+from lib.counts import check_request
+
+CHUNK = 100  # draws that share one random stream: part of the definition of the noise, so never a setting
+COMPILE_PAYS = 30.0  # seconds of eager forward passes from which a compile (5 - 30 s) is worth waiting for
+log = logging.getLogger(__name__)
+
+
+def noise_stream(seed, index, chunk, device):
+    """The generator of the draws CHUNK * chunk, ... of one example: a function of its arguments alone.
+
+    On the CPU numpy's SFC64, seeded with all bits: torch's CPU generator keeps 32 bits of its seed, so that among a million streams
+    about a hundred pairs would be the same noise. On a GPU torch's Philox with a 63-bit seed.
+    """
+    state = np.random.SeedSequence([seed, index, chunk])
+    if device.type == "cpu":
+        return np.random.Generator(np.random.SFC64(state))
+    return torch.Generator(device).manual_seed(int(state.generate_state(1, np.uint64)[0] >> 1))
+
+
+def has_bfloat16(device):
+    """Whether the hardware multiplies bfloat16 natively (CUDA from compute capability 8.0, x86 with avx512_bf16)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+class _Voter(nn.Module):
+    """Logits to votes: the class of each row, or `classes` (one past the last) where a logit is not finite."""
+
+    def __init__(self, model, classes):
+        super().__init__()
+        self.model, self.classes = model, classes
+
+    def forward(self, x):
+        logits = self.model(x)
+        return torch.where(logits.isfinite().all(dim=1), logits.argmax(dim=1), self.classes)
+
+
+class BaseClassifier:
+    """A network made ready to vote: copied, in eval mode, at one precision, one memory layout and one block shape.
+
+    The base classifier f that is smoothed and certified IS this network as it runs, bfloat16 rounding included; dtype=torch.float32 keeps
+    single precision. Share one BaseClassifier among all ModelCounts of a model, so that it is compiled once.
+
+    model  : nn.Module, logits [B, C] from float images [B, *shape] in [0, 1], normalisation inside. Not changed.
+    shape  : (channels, height, width) of an image.
+    device : default CUDA where there is one, else CPU. dtype: torch.float32 or torch.bfloat16. block: images a forward pass, always full.
+    layout : "channels_last" or "contiguous". What is None is found by a short calibration, cached in the user's cache folder;
+             calibrate=False takes fixed defaults instead (bfloat16 where the hardware has it, channels_last, block 256 or 4096).
+    compile: True, False, or "auto": eager until a draw is asked that is worth the compile (never without a C++ compiler).
+    `settings` says what was chosen. Votes of different settings may differ at rounding ties: fix them to compare counts bit by bit.
+    Raises ValueError naming the argument.
+    """
+
+    def __init__(self, model, shape, device=None, dtype=None, block=None, layout=None, compile="auto", calibrate=True):
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"model must be a torch.nn.Module that maps images to logits; got {type(model).__name__}")
+        if compile not in (True, False, "auto"):
+            raise ValueError(f"compile must be True, False or 'auto'; got {compile!r}")
+        if dtype not in (None, torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or None; got {dtype!r}")
+        if layout not in (None, "channels_last", "contiguous"):
+            raise ValueError(f"layout must be 'channels_last', 'contiguous' or None; got {layout!r}")
+        if block is not None:
+            check_draws(block=block)
+        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.shape = tuple(shape)
+        model = copy.deepcopy(model).eval().to(self.device)
+        self.classes = self._classes(model)
+        chosen = {"dtype": dtype, "block": block, "layout": layout}
+        if None in chosen.values():
+            fixed = {
+                "dtype": torch.bfloat16 if has_bfloat16(self.device) else torch.float32,
+                "block": 256 if self.device.type == "cpu" else 4096,
+                "layout": "channels_last",
+            }
+            found = calibrated(model, self.shape, self.device, chosen) if calibrate else fixed
+            chosen = {name: found[name] if value is None else value for name, value in chosen.items()}
+        self.dtype, self.block, self.layout = chosen["dtype"], int(chosen["block"]), chosen["layout"]
+        self.memory_format = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
+        self._voter = _Voter(model.to(self.dtype).to(memory_format=self.memory_format), self.classes)
+        self.compiled, self._auto = False, compile == "auto"
+        if compile is True:
+            self.compile()
+
+    @property
+    def settings(self):
+        """What runs: device, dtype, block, layout, compiled, torch (flat, for records and logs)."""
+        return {
+            "device": self.device.type,
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "block": self.block,
+            "layout": self.layout,
+            "compiled": self.compiled,
+            "torch": torch.__version__,
+        }
+
+    def _classes(self, model):
+        with torch.no_grad():
+            logits = model(torch.zeros(1, *self.shape, device=self.device))
+        if logits.ndim != 2 or logits.shape[1] < 2:
+            raise ValueError(f"model must map images [B, {', '.join(map(str, self.shape))}] to logits [B, classes]; got shape {list(logits.shape)}")
+        return logits.shape[1]
+
+    def compile(self):
+        """Compile with frozen weights (batch norm and normalisation folded). Without a C++ compiler on a CPU, says so and stays eager."""
+        self._auto = False
+        if self.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+            log.warning("no C++ compiler (g++) found: counting eagerly, which is slower; install one, or pass compile=False")
+            return
+        options = {"freezing": True}
+        if self.device.type == "cuda":
+            options |= {"max_autotune": True, "triton.cudagraphs": True}
+        self._voter = torch.compile(self._voter, dynamic=False, options=options)
+        self.compiled = True
+
+    def consider_compiling(self, draws, buffer):
+        """With compile="auto": compile if so many draws would take longer than a compile pays for."""
+        if not self._auto or draws < 20 * self.block:
+            return
+        self.votes(buffer)
+        self.synchronize()
+        start = time.perf_counter()
+        self.votes(buffer)
+        self.synchronize()
+        if (time.perf_counter() - start) * draws / self.block > COMPILE_PAYS:
+            self.compile()
+
+    def synchronize(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+    def empty_block(self):
+        """A block of zeros, [block, *shape], in the dtype, layout and device of the network."""
+        return torch.zeros(self.block, *self.shape, dtype=self.dtype, device=self.device).to(memory_format=self.memory_format)
+
+    @torch.no_grad()
+    def votes(self, images):
+        """Class of each row of a full block, int64 [block]; `classes` where a logit is not finite."""
+        # Each network compiled in this process counts against one limit, past which torch would silently run it eagerly.
+        with torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000):
+            return self._voter(images)
+
+
+class ModelCounts:
+    """Live Monte Carlo: votes of a base classifier under noise, for B examples at once.
+
+    The draws of all examples form one stream that fills blocks of one fixed shape, so that a draw of 100 for each of 500 examples is full
+    device batches. Noise is drawn and added in float32. Draw j of an example depends on (seed, its index, j) alone: counts are the same for
+    any batch, order of examples or number of processes, at one block size and engine setting on one machine type.
+
+    model : nn.Module (see BaseClassifier, whose further arguments may be given by keyword) or a BaseClassifier.
+    x     : float32 images [B, channels, height, width] in [0, 1]. noise: smoothing distribution; sigma a scalar or one value per example.
+    index : int [B], each example's index in its data set, which seeds its noise; default 0..B-1. seed: whole number >= 0.
+    progress: True, False, or None: a bar on draws of more than a few seconds.
+    Raises ValueError naming the argument, and FloatingPointError (a ValueError at the command line) never: non-finite logits are ValueErrors.
+    """
+
+    def __init__(self, model, x, noise, index=None, seed=0, progress=None, **engine):
+        check_images(x)
+        if isinstance(model, BaseClassifier):
+            if engine:
+                raise ValueError(f"{', '.join(engine)}: set when the BaseClassifier was made, not here")
+            if model.shape != tuple(x.shape[1:]):
+                raise ValueError(f"x must hold images of shape {model.shape}, as the BaseClassifier was made for; got {tuple(x.shape[1:])}")
+        self.base = model if isinstance(model, BaseClassifier) else BaseClassifier(model, x.shape[1:], **engine)
+        self.x, self.noise, self.seed, self.progress = x, noise, seed, progress
+        self.index = np.arange(len(x)) if index is None else np.asarray(index)
+        if self.index.shape != (len(x),) or self.index.dtype.kind not in "iu" or self.index.min() < 0:
+            raise ValueError(f"index must be {len(x)} whole numbers >= 0, one per example; got {index!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+            raise ValueError(f"seed must be a whole number >= 0; got {seed!r}")
+        if np.ndim(noise.sigma) == 1 and len(noise.sigma) != len(x):
+            raise ValueError(f"noise: sigma must be one value, or {len(x)}, one per example of x; got {len(noise.sigma)}")
+        self.classes = self.base.classes
+        self.drawn = np.zeros(len(x), dtype=np.int64)
+
+    def __len__(self):
+        return len(self.x)
+
+    def draw(self, n):
+        """Class counts int64 [B, C] of the next n draws of each example (n: one number, or int [B])."""
+        n = check_request(n, len(self))
+        base, total = self.base, int(n.sum())
+        block, owner, filled = base.empty_block(), np.full(base.block, len(self)), 0
+        base.consider_compiling(total, block)
+        # One row more for the padding of the last block, one column more for non-finite logits.
+        counts = torch.zeros((len(self) + 1) * (self.classes + 1), dtype=torch.int64, device=base.device)
+        with tqdm(total=total, unit=" draws", unit_scale=True, delay=3, disable=False if self.progress is None else not self.progress) as bar:
+            for i, noisy in self._noisy(n):
+                while len(noisy):
+                    rows = min(len(noisy), base.block - filled)
+                    block[filled : filled + rows] = noisy[:rows]
+                    owner[filled : filled + rows] = i
+                    filled, noisy = filled + rows, noisy[rows:]
+                    if filled == base.block:
+                        self._count(block, owner, counts)
+                        bar.update(filled)
+                        filled = 0
+            if filled:
+                owner[filled:] = len(self)
+                self._count(block, owner, counts)
+                bar.update(filled)
+        self.drawn += n
+        counts = counts.view(len(self) + 1, self.classes + 1)[:-1].cpu().numpy()
+        if counts[:, -1].any():
+            i = int(np.argmax(counts[:, -1]))
+            raise ValueError(
+                f"model gave non-finite logits (NaN or infinity) on {counts[i, -1]} of {n[i]} noisy copies of example {self.index[i]}: "
+                "check its weights and normalisation, or try dtype=torch.float32"
+            )
+        return counts[:, :-1].copy()
+
+    def _noisy(self, n):
+        """The next n noisy copies of each example, in pieces of at most CHUNK: pairs (example, float32 images on the device)."""
+        for i in np.flatnonzero(n):
+            image = self.x[i].to(self.base.device).expand(CHUNK, *self.base.shape)
+            noise = self.noise.select(np.full(CHUNK, i))
+            first, end = int(self.drawn[i]), int(self.drawn[i] + n[i])
+            for chunk in range(first // CHUNK, (end - 1) // CHUNK + 1):
+                start = chunk * CHUNK
+                noisy = noise.sample(image, noise_stream(self.seed, int(self.index[i]), chunk, self.base.device))
+                yield i, noisy[max(first - start, 0) : end - start]
+
+    def _count(self, block, owner, counts):
+        votes = self.base.votes(block)
+        cell = torch.from_numpy(owner).to(votes.device) * (self.classes + 1) + votes
+        counts.index_add_(0, cell, torch.ones_like(cell))

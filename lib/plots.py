@@ -1,0 +1,81 @@
+"""One look for all figures, and the one place that writes them: a PNG and the CSV behind it."""
+
+import base64
+import io
+import itertools
+import os
+import pathlib
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+import seaborn as sns
+from IPython.display import Markdown, display
+
+from lib.files import write_atomically
+
+
+def _folder():
+    return pathlib.Path(os.environ.get("FIGURES", "figures"))
+
+
+def style():
+    """Set the house style: colour-blind-safe, white grid, sizes that read on a laptop. Call once at the top of a notebook."""
+    sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
+    plt.rcParams |= {
+        "figure.figsize": (7.0, 4.2),
+        "figure.dpi": 100,
+        "savefig.dpi": 150,
+        "axes.titlesize": "medium",
+        "figure.constrained_layout.use": True,
+    }
+
+
+def _write_csv(data, path):
+    if not isinstance(data, pd.DataFrame):
+        raise ValueError(f"data must be a pandas DataFrame, the numbers behind {path}; got {type(data).__name__}")
+    # Twelve digits: more than a reader needs, fewer than differ between machines.
+    write_atomically(path, data.to_csv(index=False, float_format="%.12g", lineterminator="\n").encode())
+
+
+def save(fig, name, data):
+    """Write figures/NAME.png and figures/NAME.csv and show the figure; nothing partial is left under either name.
+
+    name: "NN_notebook/short-name". data: DataFrame, the numbers behind the figure. (Folder: $FIGURES, default figures/.)
+    """
+    buffer = io.BytesIO()
+    # Without matplotlib's version in it, the same figure is the same bytes.
+    fig.savefig(buffer, format="png", metadata={"Software": None})
+    plt.close(fig)
+    write_atomically(_folder() / f"{name}.png", buffer.getvalue())
+    _write_csv(data, _folder() / f"{name}.csv")
+    # The name in the metadata lets notebooks/run.py link to the file instead of embedding the picture again.
+    picture = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": f"figure {name}"}
+    display(picture, raw=True, metadata={"figure": name})
+
+
+def table(frame, name, caption="", digits=3, bold=None):
+    """Write figures/NAME.csv (full precision) and show the table, floats with `digits` decimals.
+
+    bold: columns whose largest value is set bold. Index levels that have names become columns.
+    """
+    if any(frame.index.names):
+        frame = frame.reset_index()
+    _write_csv(frame, _folder() / f"{name}.csv")
+    shown = frame.copy().astype(object)
+    for column in frame:
+        cells = frame[column]
+        shown[column] = [f"{v:.{digits}f}" if isinstance(v, float) else str(v) for v in cells]
+        if column in (bold or []):
+            shown.loc[(cells == cells.max()).to_numpy(), column] = shown[column].map("**{}**".format)
+    rows = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *shown.to_numpy().tolist()]
+    text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    display(Markdown(f"*{caption}*\n\n{text}" if caption else text))
+
+
+def certified_accuracy_curves(axes, curves, radii, unit="pixels in [0, 1]"):
+    """Draw certified accuracy over the radius, one curve a name: curves {name: accuracy [R]}, radii [R] in l2 `unit`."""
+    for (name, accuracy), dash in zip(curves.items(), itertools.cycle(["-", "--", "-.", ":"]), strict=False):
+        axes.plot(radii, accuracy, dash, label=name)
+    axes.set(xlabel=f"$\\ell_2$ radius ({unit})", ylabel="certified accuracy", xlim=(0, float(np.max(radii))), ylim=(0, 1))
+    axes.legend()

@@ -1,0 +1,105 @@
+"""Experiments by name: models and counts, loaded where they are committed, computed where they are not."""
+
+import dataclasses
+import pathlib
+
+import numpy as np
+import torch
+
+from lib.checkpoints import load_checkpoint, model_hash, save_checkpoint
+from lib.data import load
+from lib.engine import BaseClassifier, ModelCounts
+from lib.files import sha256
+from lib.losses import GaussianLoss
+from lib.models import build
+from lib.noise import Gaussian
+from lib.records import Record, load_counts, save_counts
+from lib.train import fit
+
+DATA = pathlib.Path(__file__).parent.parent / "data"
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """How a committed model was trained: architecture, data set, training noise, and what `lib.train.fit` is told."""
+
+    architecture: str
+    data: str
+    sigma: float
+    seed: int = 0
+    epochs: int = 60
+    lr: float = 0.1
+    batch: int = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a committed record was made: the model, the noise that it was counted under, and the draws of each test image."""
+
+    model: str
+    sigma: float
+    n: int
+    seed: int = 0
+
+
+MODELS = {f"digits-cnn-sigma{s:.2f}": Recipe("small_cnn", "digits", s) for s in (0.12, 0.25, 0.5, 1.0)}
+# 605,000 draws replay n_max = 500,000 with 1% selection draws and 100,000 fresh ones beside them (notebook 05).
+RUNS = {name: Run(name, recipe.sigma, 100_100 if recipe.sigma == 0.12 else 605_000) for name, recipe in MODELS.items()}
+# Training noise against test noise (figure 15 of Cohen et al. 2019), prediction noise 0.50.
+RUNS |= {f"digits-cnn-sigma{s:.2f}-at0.50": Run(f"digits-cnn-sigma{s:.2f}", 0.5, 100_100) for s in (0.25, 1.0)}
+
+
+def _lookup(name, table, kind):
+    if name not in table:
+        raise ValueError(f"{kind} {name!r} is unknown; there are: {', '.join(table)}")
+    return table[name]
+
+
+def model(name, folder=DATA / "models"):
+    """A trained classifier by name (module in eval mode, float32): loaded from data/models, or trained and stored there."""
+    _lookup(name, MODELS, "model")
+    path = pathlib.Path(folder) / f"{name}.safetensors"
+    if not path.exists():
+        train(name, path)
+    return load_checkpoint(path)[0]
+
+
+def train(name, path):
+    """Train a model of MODELS and store it at `path`."""
+    recipe = _lookup(name, MODELS, "model")
+    torch.manual_seed(recipe.seed)
+    network = build(recipe.architecture, recipe.data)
+    x, y = load(recipe.data, "train")
+    fit(network, x, y, GaussianLoss(), Gaussian(recipe.sigma), recipe.epochs, recipe.lr, recipe.batch, seed=recipe.seed)
+    save_checkpoint(path, network, dataclasses.asdict(recipe) | {"loss": "GaussianLoss", "torch": torch.__version__})
+
+
+def counts(name, n=None, index=None, folder=DATA / "records"):
+    """A record of votes by name: loaded from data/records, or counted live and stored there. Returns lib.records.Record.
+
+    n, index: draws and test images of a smaller run than the named one, which is counted live and not stored.
+    """
+    run = _lookup(name, RUNS, "record")
+    path = pathlib.Path(folder) / f"{name}.npz"
+    if n is None and index is None and path.exists():
+        return load_counts(path, model=run.model, sigma=run.sigma)
+    return record(name, path if n is None and index is None else None, n, index)
+
+
+def record(name, path=None, n=None, index=None):
+    """Count the votes of a run of RUNS in float32, on all test images or those of `index`, and store them at `path` (if given)."""
+    run = _lookup(name, RUNS, "record")
+    network, recipe = model(run.model), MODELS[run.model]
+    x, y = load(recipe.data, "test")
+    index = np.arange(len(x)) if index is None else np.asarray(index)
+    base = BaseClassifier(network, x.shape[1:], dtype=torch.float32, block=400, layout="contiguous", compile=False)
+    n = n or run.n
+    votes = ModelCounts(base, x[index], Gaussian(run.sigma), index=index, seed=run.seed).draw(n)
+    header = {
+        "model": run.model, "model_sha256": model_hash(network), "data": recipe.data, "split": "test", "data_sha256": sha256(x.numpy().tobytes()),
+        "sigma": run.sigma, "seed": run.seed, "n": n, **base.settings,
+    }  # fmt: skip
+    if path is not None:
+        save_counts(path, votes, index, y.numpy()[index], **header)
+        return load_counts(path)
+    return Record(votes, index, y.numpy()[index], header)
