@@ -23,7 +23,7 @@ INFO = {
 }
 
 
-def load(name, split):
+def load(name, split, path=None):
     """A data set: (images float32 [N, channels, height, width] in [0, 1], labels int64 [N]).
 
     name: "digits" (1,797 grey 8x8 images that ship inside scikit-learn; split once and for all: 1,437 train, 360 test).

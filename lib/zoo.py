@@ -21,7 +21,7 @@ DATA = pathlib.Path(__file__).parent.parent / "data"
 
 @dataclasses.dataclass(frozen=True)
 class Recipe:
-    """How a committed model was trained: architecture, data set, training noise, and what `lib.train.fit` is told."""
+    """How a model is trained: architecture, data set, training noise, and what `lib.train.fit` is told."""
 
     architecture: str
     data: str
@@ -30,6 +30,9 @@ class Recipe:
     epochs: int = 60
     lr: float = 0.1
     batch: int = 64
+    augment: bool = False
+    average: float | None = None
+    dtype: str = "float32"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +46,13 @@ class Run:
 
 
 MODELS = {f"digits-cnn-sigma{s:.2f}": Recipe("small_cnn", "digits", s) for s in (0.12, 0.25, 0.5, 1.0)}
+MODELS |= {
+    f"cifar10-resnet20-sigma{s:.2f}-seed{seed}": Recipe("cifar_resnet20", "cifar10", s, seed, 15, 0.4, 256, True, 0.998, "bfloat16")
+    for s in (0.25, 0.5, 1.0)
+    for seed in range(5)
+}
 # 605,000 draws replay n_max = 500,000 with 1% selection draws and 100,000 fresh ones beside them (notebook 05).
-RUNS = {name: Run(name, recipe.sigma, 100_100 if recipe.sigma == 0.12 else 605_000) for name, recipe in MODELS.items()}
+RUNS = {name: Run(name, recipe.sigma, 100_100 if recipe.sigma == 0.12 else 605_000) for name, recipe in MODELS.items() if recipe.data == "digits"}
 # Training noise against test noise (figure 15 of Cohen et al. 2019), prediction noise 0.50.
 RUNS |= {f"digits-cnn-sigma{s:.2f}-at0.50": Run(f"digits-cnn-sigma{s:.2f}", 0.5, 100_100) for s in (0.25, 1.0)}
 
@@ -64,13 +72,16 @@ def model(name, folder=DATA / "models"):
     return load_checkpoint(path)[0]
 
 
-def train(name, path):
-    """Train a model of MODELS and store it at `path`."""
+def train(name, path, data_path=None, state=None):
+    """Train a model of MODELS and store it at `path`; with a `state` file it resumes after a kill. data_path: as lib.data.load takes it."""
     recipe = _lookup(name, MODELS, "model")
     torch.manual_seed(recipe.seed)
     network = build(recipe.architecture, recipe.data)
-    x, y = load(recipe.data, "train")
-    fit(network, x, y, GaussianLoss(), Gaussian(recipe.sigma), recipe.epochs, recipe.lr, recipe.batch, seed=recipe.seed)
+    x, y = load(recipe.data, "train", path=data_path)
+    fit(
+        network, x, y, GaussianLoss(), Gaussian(recipe.sigma), recipe.epochs, recipe.lr, recipe.batch, seed=recipe.seed,
+        augment=recipe.augment, average=recipe.average, dtype=getattr(torch, recipe.dtype), state=state,
+    )  # fmt: skip
     save_checkpoint(path, network, dataclasses.asdict(recipe) | {"loss": "GaussianLoss", "torch": torch.__version__})
 
 
