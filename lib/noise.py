@@ -109,7 +109,7 @@ def lecuyer_radius(p_a, p_b, sigma):
     Same arguments, units and errors as `cohen_radius`, which is larger everywhere.
     """
     p_a, p_b, sigma = _check_pair(p_a, p_b, sigma)
-    top = np.where(p_a > p_b, np.minimum(1.0, np.log1p((p_a - p_b) / np.maximum(p_b, 1e-300)) / 2), 0.0)
+    top = np.minimum(1.0, np.log1p(np.maximum(p_a - p_b, 0) / np.maximum(p_b, 1e-300)) / 2)
     return _supremum(lambda beta: lecuyer_bound(p_a, p_b, beta, sigma), np.zeros_like(top), top)[()]
 
 
