@@ -1,0 +1,148 @@
+"""PREDICT and CERTIFY: the paper's pseudo-code step by step, examples by hand, and the audit of what they promise."""
+
+import numpy as np
+import pytest
+from audit import audit, certify_cases, exact_rate, predict_cases, run_certify, run_predict
+from scipy.stats import binomtest, norm
+from statsmodels.stats.proportion import proportion_confint
+
+from lib.certify import ABSTAIN, Certificates, certify, predict
+from lib.counts import RecordedCounts, SimulatedCounts
+from lib.noise import Gaussian
+
+
+class Scripted:
+    """A source that gives prepared counts, one array a call, and remembers what was asked."""
+
+    def __init__(self, *answers):
+        self.answers, self.asked = [np.array(a) for a in answers], []
+        self.classes = self.answers[0].shape[1]
+
+    def __len__(self):
+        return len(self.answers[0])
+
+    def draw(self, n):
+        self.asked.append(n)
+        return self.answers.pop(0)
+
+
+# ------------------------------------------------------------------ CERTIFY
+
+
+def test_certify_by_hand():
+    """All of 100,000 votes: 3.811 sigma. 99,000: statsmodels' interval. 50,100: abstain. The class comes from the first draw alone."""
+    source = Scripted([[60, 40], [40, 60], [55, 45], [99, 1]], [[100_000, 0], [1000, 99_000], [50_100, 49_900], [100, 99_900]])
+    found = certify(source, Gaussian(0.5), n0=100, n=100_000, alpha=0.001)
+    low = proportion_confint(99_000, 100_000, alpha=0.002, method="beta")[0]
+    np.testing.assert_array_equal(found.prediction, [0, 1, ABSTAIN, ABSTAIN])
+    np.testing.assert_allclose(found.radius, [0.5 * norm.ppf(0.001**1e-5), 0.5 * norm.ppf(low), 0, 0], rtol=1e-9)
+    np.testing.assert_allclose(found.p_lower[:2], [0.001**1e-5, low], rtol=1e-9)
+    assert (found.p_lower[2:] < 0.5).all()
+    np.testing.assert_array_equal(found.n, 100_100)
+    assert source.asked == [100, 100_000]
+    assert [a.dtype for a in (found.prediction, found.radius, found.p_lower, found.n)] == [np.int64, np.float64, np.float64, np.int64]
+
+
+def test_certify_follows_the_pseudo_code():
+    """Section 3.2.2 of the paper with scipy's and statsmodels' own functions, vote by vote, on 500 examples."""
+    rng = np.random.default_rng(0)
+    first, second = (rng.multinomial(m, rng.dirichlet([1, 0.2, 0.2], 500)) for m in (20, 200))
+    found = certify(Scripted(first, second), Gaussian(0.25), n0=20, n=200, alpha=0.01)
+    for i in range(500):
+        named = int(np.argmax(first[i]))
+        low = proportion_confint(second[i, named], 200, alpha=0.02, method="beta")[0]
+        low = 0.0 if np.isnan(low) else low
+        expected = (named, 0.25 * norm.ppf(low)) if low > 0.5 else (ABSTAIN, 0.0)
+        assert (found.prediction[i], found.radius[i]) == (expected[0], pytest.approx(expected[1], abs=1e-8))
+
+
+def test_certify_with_draws_and_noise_of_each_example():
+    source = RecordedCounts([[100, 0], [1000, 0], [0, 500]])
+    found = certify(source, Gaussian([0.1, 0.2, 0.3]), n0=[10, 10, 20], n=[90, 990, 300], alpha=0.001)
+    np.testing.assert_array_equal(found.n, [100, 1000, 320])
+    np.testing.assert_array_equal(found.prediction, [0, 0, 1])
+    np.testing.assert_allclose(found.radius, np.array([0.1, 0.2, 0.3]) * norm.ppf(0.001 ** (1 / np.array([90, 990, 300]))), rtol=1e-9)
+    np.testing.assert_array_equal(source.remaining.sum(axis=1), [0, 0, 180])
+
+
+def test_certify_with_the_class_given():
+    source = Scripted([[90, 10], [90, 10]])
+    found = certify(source, Gaussian(1.0), n0=0, n=100, alpha=0.001, prediction=[0, 1])
+    np.testing.assert_array_equal(found.prediction, [0, ABSTAIN])
+    np.testing.assert_array_equal(found.n, 100)
+    assert source.asked == [100]
+
+
+def test_a_bound_of_one_half_abstains():
+    """One draw at alpha = 1/2: the bound is 1/2 and certifies nothing; a little above, it does."""
+    assert certify(Scripted([[1, 0]], [[1, 0]]), Gaussian(1.0), n0=1, n=1, alpha=0.5).prediction == ABSTAIN
+    assert certify(Scripted([[1, 0]], [[1, 0]]), Gaussian(1.0), n0=1, n=1, alpha=0.501).radius == pytest.approx(norm.ppf(0.501), rel=1e-6)
+
+
+def test_certificates_as_a_table():
+    found = Certificates.from_bounds(np.array([3, 1, 2]), np.array([0.9, 0.5, 0.7]), Gaussian(1.0), draws=10)
+    plain, table = found.frame(), found.frame(labels=[3, 1, 0])
+    assert list(plain.columns) == ["prediction", "radius", "p_lower", "n"]
+    assert list(table.columns) == ["label", "prediction", "radius", "p_lower", "n", "correct"]
+    assert table["correct"].tolist() == [True, False, False]
+    assert table["prediction"].tolist() == [3, ABSTAIN, 2]
+    np.testing.assert_array_equal(plain["radius"], found.radius)
+
+
+@pytest.mark.parametrize(("probabilities", "alpha"), certify_cases())
+def test_certify_keeps_its_promise(probabilities, alpha):
+    """False certificates are no more frequent than alpha, and as frequent as the exact sum over all votes says."""
+    row = audit(run_certify, probabilities, alpha)
+    exact = exact_rate(probabilities[0], alpha)
+    assert row["p-value"] > 1e-4
+    assert exact <= alpha
+    assert binomtest(row["false"], row["runs"], exact).pvalue > 1e-4
+
+
+def test_the_audit_sees_a_broken_sampler():
+    """Bounding the probability by the very draws that chose the class, the mistake that CERTIFY avoids, is found out."""
+
+    def reuse(counts, alpha):
+        votes = counts.draw(1000)
+        return certify(Scripted(votes, votes), Gaussian(0.5), n0=1000, n=1000, alpha=alpha)
+
+    row = audit(reuse, [0.5, 0.5], 0.01)
+    assert row["false / alpha"] > 1.5
+    assert row["p-value"] < 1e-10
+
+
+# ------------------------------------------------------------------ PREDICT
+
+
+def test_predict_by_hand():
+    """10 to 0: p-value 2 / 1024. 9 to 1: 22 / 1024. A tie and a third class never decide."""
+    source = [[10, 0, 0], [1, 9, 0], [5, 5, 0], [0, 0, 10], [6, 2, 2]]
+    np.testing.assert_array_equal(predict(Scripted(source), n=10, alpha=0.002), [0, ABSTAIN, ABSTAIN, 2, ABSTAIN])
+    np.testing.assert_array_equal(predict(Scripted(source), n=10, alpha=22 / 1024), [0, 1, ABSTAIN, 2, ABSTAIN])
+    np.testing.assert_array_equal(predict(Scripted(source), n=10, alpha=0.3), [0, 1, ABSTAIN, 2, 0])
+
+
+def test_predict_follows_the_pseudo_code():
+    """Section 3.2.1 with scipy's binomtest, on 500 examples."""
+    rng = np.random.default_rng(1)
+    votes = rng.multinomial(60, rng.dirichlet([1.5, 1, 1, 0.3], 500))
+    found = predict(Scripted(votes), n=60, alpha=0.05)
+    for i in range(500):
+        top, second = np.sort(votes[i])[::-1][:2]
+        sure = binomtest(top, top + second, 0.5).pvalue <= 0.05
+        assert found[i] == (np.argmax(votes[i]) if sure else ABSTAIN)
+
+
+def test_predict_of_one_class_alone():
+    """Without a rival the test is of n votes to none."""
+    np.testing.assert_array_equal(predict(SimulatedCounts([[1.0], [1.0]]), n=20, alpha=0.001), [0, 0])
+
+
+@pytest.mark.parametrize(("probabilities", "alpha"), predict_cases())
+def test_predict_keeps_its_promise(probabilities, alpha):
+    assert audit(run_predict, probabilities, alpha)["p-value"] > 1e-4
+
+
+def test_predict_is_wrong_about_half_alpha_at_a_tie():
+    """Two classes at 1/2: the two-sided test errs on either side equally, so the rate is alpha / 2 less what the steps of the tail cost."""
+    assert 0.3 < audit(run_predict, [0.5 + 1e-9, 0.5 - 1e-9], 0.05)["false / alpha"] < 0.55
