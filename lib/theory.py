@@ -1,0 +1,161 @@
+"""Classifiers whose smoothed probabilities are known exactly, and the Neyman-Pearson bound behind every certificate."""
+
+import numpy as np
+import torch
+from scipy.special import ndtr, ndtri
+from torch import nn
+
+from lib.checks import check_draws, check_images, check_level, check_probability, check_sigma
+from lib.noise import cohen_radius
+
+
+def least_probability(p, distance, sigma):
+    """The least that a class's probability p at x can be at l2 `distance` from x under Gaussian noise (Cohen et al. 2019, A, equation 13).
+
+    Phi(Phi^-1(p) - distance/sigma), attained by a half-space, for every base classifier (lemma 4, part 1). Arguments broadcast.
+    """
+    return ndtr(ndtri(check_probability(p, "p")) - np.asarray(distance) / check_sigma(sigma))[()]
+
+
+def greatest_probability(p, distance, sigma):
+    """The greatest that a class's probability p at x can be at l2 `distance` from x (Cohen et al. 2019, A, equation 14; lemma 4, part 2)."""
+    return ndtr(ndtri(check_probability(p, "p")) + np.asarray(distance) / check_sigma(sigma))[()]
+
+
+def most_powerful(mu_x, mu_y, level):
+    """The greatest P(h(Y) = 1) of any rule h, random ones included, with P(h(X) = 1) <= level (Neyman-Pearson; Cohen et al. 2019, lemma 3).
+
+    Atoms are taken in the order of their likelihood ratio mu_y / mu_x, the last one with a probability: a fractional knapsack, so that the
+    answer is piecewise linear in the level. mu_x, mu_y: probabilities [M] of the same atoms. level: in [0, 1], any shape. Returns float64.
+    """
+    mu_x, mu_y = check_probability(mu_x, "mu_x"), check_probability(mu_y, "mu_y")
+    for name, mu in {"mu_x": mu_x, "mu_y": mu_y}.items():
+        if mu.ndim != 1 or mu.shape != mu_x.shape or abs(mu.sum() - 1) > 1e-9:
+            raise ValueError(f"{name} must be probabilities of the same M atoms that sum to 1; got shape {mu.shape} and sum {mu.sum():.6g}")
+    order = np.argsort(-np.arctan2(mu_y, mu_x), kind="stable")  # the order of the ratio, also where mu_x is 0
+    used, power = (np.concatenate([[0.0], np.cumsum(mu[order])]) for mu in (mu_x, mu_y))
+    return np.interp(check_probability(level, "level"), used, power)
+
+
+def plane_probabilities(labels, edges, x1, x2, sigma):
+    """Class probabilities of a classifier of the plane under Gaussian noise, exact because it is constant on the cells of a grid.
+
+    labels: int [E + 1, E + 1], the class of each cell, first axis along x1. edges: the E increasing grid lines of both axes; the outermost
+    cells reach to infinity. x1 [N], x2 [M]: coordinates of the points. Returns float64 [C, N, M].
+    """
+    labels = np.asarray(labels)
+    if labels.shape != (len(edges) + 1, len(edges) + 1) or labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise ValueError(f"labels must be classes >= 0 of the {len(edges) + 1} x {len(edges) + 1} cells; got {labels.shape} of {labels.dtype}")
+    lines = np.concatenate([[-np.inf], edges, [np.inf]])
+    mass = [np.diff(ndtr((lines - np.asarray(x)[:, None]) / check_sigma(sigma)), axis=1) for x in (x1, x2)]
+    return np.stack([mass[0] @ (labels == c) @ mass[1].T for c in range(labels.max() + 1)])
+
+
+class LinearClassifier(nn.Module):
+    """f(x) = sign(w'x + b) as logits [B, 2], class 1 where w'x + b > 0; knows its margin and its probabilities under noise exactly.
+
+    Smoothing does not change it, and theorem 1 with the exact p_A certifies exactly its margin, whatever sigma (Cohen et al. 2019, B).
+    weight: numbers, as many as an image has pixels, not all 0. bias: a number. Raises ValueError naming weight.
+    """
+
+    def __init__(self, weight, bias=0.0):
+        super().__init__()
+        weight = torch.as_tensor(weight, dtype=torch.float32).flatten()
+        if not weight.isfinite().all() or not weight.any():
+            raise ValueError("weight must be finite and not all 0: a linear rule needs a direction")
+        self.register_buffer("weight", weight)
+        self.register_buffer("bias", torch.tensor(float(bias)))
+
+    def forward(self, x):
+        score = x.flatten(1) @ self.weight + self.bias
+        return torch.stack([-score, score], dim=1)
+
+    def margin(self, x):
+        """Signed l2 distance (w'x + b) / ||w|| of each image to the boundary: float64 [B], in units of pixels in [0, 1]."""
+        weight = self.weight.double()
+        return ((x.flatten(1).double() @ weight + self.bias.double()) / weight.norm()).numpy()
+
+    def top_probability(self, x, sigma):
+        """p_A = Phi(|w'x + b| / (sigma ||w||)), exact: float64 [B] (Cohen et al. 2019, proposition 4)."""
+        return ndtr(np.abs(self.margin(x)) / check_sigma(sigma))
+
+    def nearest_flip(self, x):
+        """The nearest points of the boundary, x - margin w/||w||, [B, ...]: theorem 1's radius away exactly (Cohen et al. 2019, proposition 5)."""
+        unit = (self.weight.double() / self.weight.double().norm()).view(1, *x.shape[1:])
+        return (x.double() - torch.from_numpy(self.margin(x)).view(-1, *[1] * (x.ndim - 1)) * unit).to(x.dtype)
+
+
+class WorstCaseClassifier(nn.Module):
+    """The base classifier of theorem 2: consistent with p_a and p_b at x, and flipped just beyond theorem 1's radius (see worst_case_classifier)."""
+
+    def __init__(self, x, direction, p_a, p_b, sigma):
+        super().__init__()
+        self.p_a, self.p_b, self.sigma = p_a, p_b, sigma
+        self.radius = float(cohen_radius(p_a, p_b, sigma))
+        rest = max(0.0, 1 - p_a - p_b)
+        slabs = int(np.ceil(rest / p_b - 1e-9)) if rest > 1e-12 else 0
+        # Along the direction: c_A = 0, then the other classes 2, 3, ... in slabs of equal probability at x, then c_B = 1.
+        self.cuts = sigma * ndtri(p_a + rest * np.arange(slabs + 1) / max(slabs, 1))
+        self.register_buffer("order", torch.tensor([0, *range(2, slabs + 2), 1]))
+        self.register_buffer("x", x.detach().clone())
+        self.register_buffer("unit", direction / direction.norm())
+
+    def forward(self, z):
+        along = (z - self.x).flatten(1) @ self.unit.flatten()
+        slab = torch.bucketize(along, torch.as_tensor(self.cuts, dtype=along.dtype, device=along.device))
+        return nn.functional.one_hot(self.order[slab], len(self.order)).to(z.dtype)
+
+    def probabilities(self, distance):
+        """Class probabilities under noise at `distance` from x along the direction: distance [T] -> float64 [T, C], rows summing to 1."""
+        distance = np.asarray(distance, dtype=np.float64).reshape(-1, 1)
+        inner = ndtr((self.cuts - distance) / self.sigma)
+        slabs = np.diff(inner, axis=1)
+        first, second = least_probability(self.p_a, distance, self.sigma), greatest_probability(self.p_b, distance, self.sigma)
+        return np.concatenate([first, second, slabs], axis=1)
+
+
+def worst_case_classifier(x, delta_direction, p_a, p_b, sigma):
+    """The classifier that shows theorem 1 tight (Cohen et al. 2019, theorem 2): a half-space A of class 0, one B of class 1, other classes between.
+
+    Under noise at x: P(class 0) = p_a, P(class 1) = p_b exactly, every other class at most p_b (there are as many as that takes), so theorem 1
+    certifies `radius`; at x + t u, u the unit vector of delta_direction, class 0 wins for 0 <= t < radius and loses to class 1 for t > radius.
+
+    x: float tensor [C, H, W]; delta_direction: tensor of its shape, not 0. p_a > p_b > 0, p_a + p_b <= 1. sigma > 0 in units of x.
+    Returns a WorstCaseClassifier (nn.Module, logits one-hot). Raises ValueError naming the argument.
+    """
+    check_sigma(sigma)
+    check_level(p_a=p_a, p_b=p_b)
+    if not p_a > p_b or p_a + p_b > 1 + 1e-12:
+        raise ValueError(f"p_a and p_b must satisfy p_a > p_b and p_a + p_b <= 1, two classes' probabilities; got {p_a} and {p_b}")
+    if (1 - p_a - p_b) / p_b > 10_000:
+        raise ValueError(f"p_b must be at least (1 - p_a - p_b) / 10,000, so that 10,000 other classes suffice; got {p_b} beside p_a = {p_a}")
+    if delta_direction.shape != x.shape or not delta_direction.any():
+        raise ValueError(f"delta_direction must be a direction of x's shape {list(x.shape)}, not 0; got shape {list(delta_direction.shape)}")
+    return WorstCaseClassifier(x, delta_direction, p_a, p_b, sigma)
+
+
+def average_pooled(model, factor=2):
+    """The classifier of high-resolution images that averages squares of factor x factor pixels and asks `model` (Cohen et al. 2019, proposition 6).
+
+    Smoothed at factor * sigma it has `model`'s class probabilities at sigma, hence `factor` times its certified radii.
+    """
+    check_draws(factor=factor)
+    return nn.Sequential(nn.AvgPool2d(int(factor)), model)
+
+
+def unpooled(x, factor):
+    """Black-and-white images [B, C, factor H, factor W] whose average over squares of factor x factor pixels is exactly x.
+
+    In each square the pixels that a smooth enlargement makes brightest are white. Needs pixels that are multiples of 1 / factor^2 (the digits
+    are, at factor 4: they were made by counting the pixels of 4x4 squares). Raises ValueError naming factor or x.
+    """
+    check_draws(factor=factor)
+    check_images(x)
+    white = x.double() * factor**2
+    if not torch.equal(white, white.round()):
+        raise ValueError(f"x must have pixels that are multiples of 1/{factor**2}, to be made of black and white squares; try another factor")
+    smooth = nn.functional.interpolate(x.double(), scale_factor=factor, mode="bicubic", align_corners=False)
+    squares = nn.functional.pixel_unshuffle(smooth.flatten(0, 1)[:, None], factor)
+    # Rounded, so that ties are broken by position on every machine.
+    rank = (-squares.round(decimals=6)).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
+    return nn.functional.pixel_shuffle((rank < white.flatten(0, 1)[:, None]).float(), factor).view(*x.shape[:2], *smooth.shape[2:])
