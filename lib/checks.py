@@ -1,5 +1,6 @@
 """Checks at the boundary: each bad input is answered by one ValueError that names the argument and the remedy."""
 
+import math
 import numbers
 
 import numpy as np
@@ -42,8 +43,8 @@ def check_probability(p, name):
     return array
 
 
-def check_images(x, name="x"):
-    """A batch of images: float tensor [B, channels, height, width] with values in [0, 1]."""
+def check_images(x, name="x", bounded=True):
+    """A batch of images: float32 tensor [B, channels, height, width] with values in [0, 1], or with bounded=False any finite ones."""
     if not isinstance(x, torch.Tensor):
         raise ValueError(f"{name} must be a torch.Tensor [B, channels, height, width]; got {type(x).__name__}")
     if x.ndim != 4 or x.shape[0] == 0:
@@ -51,7 +52,9 @@ def check_images(x, name="x"):
     if x.dtype != torch.float32:
         raise ValueError(f"{name} must be float32 with pixels in [0, 1] (from uint8: x.float() / 255); got {x.dtype}")
     low, high = float(x.min()), float(x.max())
-    if not (low >= 0 and high <= 1):
+    if not bounded and not math.isfinite(low + high):
+        raise ValueError(f"{name} must have finite pixels; got values from {low:.4g} to {high:.4g}")
+    if bounded and not (low >= 0 and high <= 1):
         raise ValueError(
             f"{name} must have pixels in [0, 1]; got values from {low:.4g} to {high:.4g}. Radii are in units of pixels in [0, 1]: "
             "divide by 255, and put the normalisation inside the model (lib.models.Normalize as its first layer)"

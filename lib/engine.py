@@ -167,12 +167,13 @@ class ModelCounts:
     model : nn.Module (see BaseClassifier, whose further arguments may be given by keyword) or a BaseClassifier.
     x     : float32 images [B, channels, height, width] in [0, 1]. noise: smoothing distribution; sigma a scalar or one value per example.
     index : int [B], each example's index in its data set, which seeds its noise; default 0..B-1. seed: whole number >= 0.
+    bounded: False admits finite pixels outside [0, 1], in the same units: a perturbed image may leave the range, a certificate covers it too.
     progress: True, False, or None: a bar on draws of more than a few seconds.
     Raises ValueError naming the argument, and FloatingPointError (a ValueError at the command line) never: non-finite logits are ValueErrors.
     """
 
-    def __init__(self, model, x, noise, index=None, seed=0, progress=None, **engine):
-        check_images(x)
+    def __init__(self, model, x, noise, index=None, seed=0, progress=None, bounded=True, **engine):
+        check_images(x, bounded=bounded)
         if isinstance(model, BaseClassifier):
             if engine:
                 raise ValueError(f"{', '.join(engine)}: set when the BaseClassifier was made, not here")
