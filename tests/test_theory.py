@@ -172,6 +172,7 @@ def test_worst_case_is_no_worse_elsewhere():
         ({"p_a": 0.2}, "p_a"),
         ({"p_a": 0.9}, "p_a"),
         ({"p_b": 0.0}, "p_b"),
+        ({"p_b": 1e-9}, "p_b"),
         ({"sigma": 0}, "sigma"),
         ({"delta_direction": torch.zeros(SHAPE)}, "delta"),
     ],
@@ -311,6 +312,18 @@ def test_lecuyer_bound_solves_its_condition():
         radius = float(lecuyer_bound(p_a, p_b, beta, 0.7))
         gamma = 1.25 * np.exp(-((0.7 * beta / radius) ** 2) / 2)
         assert np.exp(2 * beta) * p_b + gamma * (1 + np.exp(beta)) == pytest.approx(p_a, rel=1e-12)
+
+
+def test_li_best_order_is_inside_the_range_searched():
+    """With p_a >= 0.05, from ties to certainties, the best order is between 0.7 and 1.6, far inside the e^-14 to e^3 that li_radius searches."""
+    order = np.geomspace(1e-5, 20, 4001)
+    for p_b in (1e-6, 1e-3, 0.05, 0.3, 0.49):
+        for p_a in p_b + (1 - 2 * p_b) * np.array([1e-4, 0.01, 0.3, 0.9, 0.9999]):
+            if p_a < 0.05:
+                continue
+            values = li_bound(p_a, p_b, order, 1.0)
+            assert 0.7 < order[values.argmax()] < 1.6
+            assert li_radius(p_a, p_b, 1.0) == pytest.approx(values.max(), rel=1e-5)
 
 
 @pytest.mark.parametrize("call", [lambda p: least_probability(p, 1.0, 1.0), lambda p: greatest_probability(p, 1.0, 1.0)])
