@@ -142,6 +142,6 @@ def li_radius(p_a, p_b, sigma):
     Same arguments, units and errors as `cohen_radius`, which is larger everywhere. The order is searched on a logarithmic scale.
     """
     p_a, p_b, sigma = _check_pair(p_a, p_b, sigma)
-    # The best order is between 0.7 and 1.6, also where p_a is close to p_b, but can tend to 0 where both are below 0.05.
+    # The best order is between 0.7 and 1.6, also where p_a is close to p_b (tests/test_theory.py); the range searched is wider.
     low, high = np.full(p_a.shape, -14.0), np.full(p_a.shape, 3.0)
     return _supremum(lambda t: li_bound(p_a, p_b, np.exp(t), sigma), low, high)[()]

@@ -315,12 +315,10 @@ def test_lecuyer_bound_solves_its_condition():
 
 
 def test_li_best_order_is_inside_the_range_searched():
-    """With p_a >= 0.05, from ties to certainties, the best order is between 0.7 and 1.6, far inside the e^-14 to e^3 that li_radius searches."""
+    """From near ties to near certainties the best order is between 0.7 and 1.6, far inside the e^-14 to e^3 that li_radius searches."""
     order = np.geomspace(1e-5, 20, 4001)
     for p_b in (1e-6, 1e-3, 0.05, 0.3, 0.49):
-        for p_a in p_b + (1 - 2 * p_b) * np.array([1e-4, 0.01, 0.3, 0.9, 0.9999]):
-            if p_a < 0.05:
-                continue
+        for p_a in p_b + (1 - 2 * p_b) * np.array([0.001, 0.01, 0.3, 0.9, 0.9999]):
             values = li_bound(p_a, p_b, order, 1.0)
             assert 0.7 < order[values.argmax()] < 1.6
             assert li_radius(p_a, p_b, 1.0) == pytest.approx(values.max(), rel=1e-5)
