@@ -1,12 +1,21 @@
-"""Checkpoints: ours (safetensors with a JSON header) written and read."""
+"""Checkpoints: ours (safetensors with a JSON header) written and read, and the published ones of the field read."""
 
+import io
 import json
+import pickle
+import re
 
 import safetensors.torch
 import torch
+from torch import nn
 
+from lib.data import INFO
 from lib.files import read_bytes, sha256, write_atomically
-from lib.models import build
+from lib.models import ARCHITECTURES, Normalize, build
+
+# How Sequential(NormalizeLayer, network) and DataParallel, in either order or alone, begin the names of the network's weights.
+PREFIXES = ("module.1.module.", "module.1.", "1.module.", "1.", "module.", "")
+CONSTANTS = {"means": "mean", "mean": "mean", "sds": "std", "std": "std"}
 
 
 def model_hash(model):
@@ -29,15 +38,101 @@ def save_checkpoint(path, model, header, half=True):
     write_atomically(path, safetensors.torch.save(state, metadata={"header": json.dumps(header, sort_keys=True)}))
 
 
-def load_checkpoint(path):
-    """Read a model of `save_checkpoint`: (module in float32 and eval mode, header dict). Raises ValueError on a damaged or unknown file."""
-    data = read_bytes(path, "name a checkpoint, or train one (make models)")
+def load_checkpoint(path, architecture=None, data=None):
+    """Read a model from a file: (module in float32 and eval mode, logits from images in [0, 1]; header dict). No code in the file is run.
+
+    The file is one of
+    - ours (save_checkpoint), which says all about itself;
+    - a dict with `arch` and `state_dict` (Cohen et al. 2019 and the repositories that follow it), its names beginning with 1., 1.module.,
+      module.1. or nothing. The first layer normalises, by the file's `means` and `sds` where it holds them, else by the data set's constants;
+    - a dict with `net` (Zhai et al. 2020), which takes images in [0, 1] as they are;
+    - a plain state dict (torchvision's), in front of which the data set's normalisation is set.
+    architecture, data: needed where the file does not say (lib.models.ARCHITECTURES, lib.data.INFO); data is taken to be cifar10 for
+    cifar_resnet*, imagenet for resnet*. header: "architecture", "data", "format" and what else the file says.
+    Raises FileNotFoundError, or ValueError on a damaged file, an unknown architecture, and missing, unexpected or misshapen weights, listed.
+    """
+    content = read_bytes(path, "name a checkpoint, or train one (make models; python -m lib train)")
+    if content[:2] == b"PK" or content[:1] == b"\x80":
+        return _published(path, content, architecture, data)
     try:
-        state = safetensors.torch.load(data)
-        length = int.from_bytes(data[:8], "little")
-        header = json.loads(json.loads(data[8 : 8 + length])["__metadata__"]["header"])
+        state = safetensors.torch.load(content)
+        length = int.from_bytes(content[:8], "little")
+        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["header"])
     except (safetensors.SafetensorError, ValueError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or no checkpoint of save_checkpoint: {error}") from error
+        raise ValueError(f"{path} is damaged or no checkpoint (safetensors of save_checkpoint, or a file of torch.save): {error!r}") from error
+    for name, given in (("architecture", architecture), ("data", data)):
+        if name not in header:
+            raise ValueError(f"{path}: its header lacks {name!r}; it holds {', '.join(header) or 'nothing'}")
+        if given not in (None, header[name]):
+            raise ValueError(f"{name} must be {header[name]!r}, as {path} says, or be left out; got {given!r}")
     model = build(header["architecture"], header["data"])
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
-    return model.eval(), header
+    _fill(model, state, path)
+    return model.eval(), {"format": "ours"} | header
+
+
+def _published(path, content, architecture, data):
+    try:
+        file = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is damaged, or holds more than tensors and numbers, which could run any code and is not read: {reason}") from error
+    kind, state = _state(path, file)
+    architecture = architecture or (file.get("arch") if kind == "state_dict" else None)
+    if architecture not in ARCHITECTURES:
+        raise ValueError(
+            f"{path} names the architecture {architecture!r}: give architecture, one of {', '.join(ARCHITECTURES)}"
+            if architecture
+            else f"{path} does not say its architecture: give it, one of {', '.join(ARCHITECTURES)}"
+        )
+    data = data or ("cifar10" if architecture.startswith("cifar") else "imagenet" if architecture.startswith("resnet") else None)
+    if data not in INFO:
+        raise ValueError(f"{path} does not say its data set: give data, one of {', '.join(INFO)}; got {data!r}")
+    constants, state = _split(state)
+    model = build(architecture, data)
+    _fill(model[1], state, path)
+    if kind == "net" and not constants:
+        model[0] = nn.Identity()
+    elif constants:
+        default = INFO[data]
+        model[0] = Normalize(constants.get("mean", default.mean), constants.get("std", default.std))
+    header = {k: v for k, v in file.items() if isinstance(v, str | int | float) and k != "arch"} if kind != "plain" else {}
+    return model.eval(), header | {"architecture": architecture, "data": data, "format": kind}
+
+
+def _state(path, file):
+    """("state_dict", "net" or "plain"; the weights of a file)."""
+    for kind in ("state_dict", "net"):
+        if isinstance(file, dict) and isinstance(file.get(kind), dict):
+            return kind, file[kind]
+    if isinstance(file, dict) and file and all(isinstance(v, torch.Tensor) for v in file.values()):
+        return "plain", file
+    found = ", ".join(map(str, file)) if isinstance(file, dict) else type(file).__name__
+    raise ValueError(f"{path} is no checkpoint: expected a dict with state_dict and arch, with net, or of tensors; it holds {found or 'nothing'}")
+
+
+def _split(state):
+    """(constants of a normalisation layer {"mean", "std"} as lists, weights without the prefix of their names)."""
+    constants, weights = {}, {}
+    for name, tensor in state.items():
+        found = re.fullmatch(r"(module\.)?0\.(means|sds|mean|std)", name)
+        if found:
+            constants[CONSTANTS[found[2]]] = tensor.flatten().tolist()
+        else:
+            weights[name] = tensor
+    prefix = next(p for p in PREFIXES if all(name.startswith(p) for name in weights))
+    return constants, {name.removeprefix(prefix): tensor for name, tensor in weights.items()}
+
+
+def _fill(model, state, path):
+    """Load weights into a model in float32, or a ValueError that lists what is missing, unexpected or of another shape."""
+    own = model.state_dict()
+    # Files from before torch 0.4.1 lack this counter, which the network does not use.
+    faults = {
+        "missing": [k for k in own if k not in state and not k.endswith("num_batches_tracked")],
+        "unexpected": [k for k in state if k not in own],
+        "other shapes": [f"{k} {list(state[k].shape)}, not {list(own[k].shape)}" for k in own if k in state and state[k].shape != own[k].shape],
+    }
+    if any(faults.values()):
+        listed = [f"{what}: {', '.join(k[:10])}{f' and {len(k) - 10} more' if k[10:] else ''}" for what, k in faults.items() if k]
+        raise ValueError(f"{path} does not fit its architecture. {'; '.join(listed)}")
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)

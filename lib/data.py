@@ -1,15 +1,24 @@
-"""Data sets as tensors: images in [0, 1], labels, and the constants that a model's first layer needs."""
+"""Data sets: images in [0, 1], labels, and the constants that a model's first layer needs. Downloaded once, checked, read from disk after."""
 
 import dataclasses
+import gzip
+import io
+import os
+import pathlib
+import pickle
+import tarfile
 
 import numpy as np
+import pooch
 import torch
 from sklearn.datasets import load_digits
+
+from lib.files import sha256
 
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """shape (channels, height, width), number of classes, per-channel mean and standard deviation of the training images."""
+    """shape (channels, height, width), number of classes, per-channel mean and standard deviation of the training images (the field's)."""
 
     shape: tuple
     classes: int
@@ -19,22 +28,202 @@ class Info:
 
 INFO = {
     "digits": Info((1, 8, 8), 10, (0.3051,), (0.3759,)),
+    "mnist": Info((1, 28, 28), 10, (0.1307,), (0.3081,)),
+    "fashion": Info((1, 28, 28), 10, (0.2860,), (0.3530,)),
     "cifar10": Info((3, 32, 32), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    "imagenet": Info((3, 224, 224), 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
+}
+# File: (URL, checksum as published with torchvision).
+_MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
+_FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
+IDX = {"train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"), "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")}
+DOWNLOADS = {
+    ("mnist", "train-images-idx3-ubyte.gz"): (_MNIST, "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873"),
+    ("mnist", "train-labels-idx1-ubyte.gz"): (_MNIST, "md5:d53e105ee54ea40749a09fcbcd1e9432"),
+    ("mnist", "t10k-images-idx3-ubyte.gz"): (_MNIST, "md5:9fb629c4189551a2d022fa330f9573f3"),
+    ("mnist", "t10k-labels-idx1-ubyte.gz"): (_MNIST, "md5:ec29112dd5afa0611ce80d1b7f02629c"),
+    ("fashion", "train-images-idx3-ubyte.gz"): (_FASHION, "md5:8d4fb7e6c68d591d4c3dfef9ec88bf0d"),
+    ("fashion", "train-labels-idx1-ubyte.gz"): (_FASHION, "md5:25c81989df183df01b3e8a0aad5dffbe"),
+    ("fashion", "t10k-images-idx3-ubyte.gz"): (_FASHION, "md5:bef4ecab320f06d8554ea6380940ec79"),
+    ("fashion", "t10k-labels-idx1-ubyte.gz"): (_FASHION, "md5:bb300cfdad3c16e7a12a480ee83cd310"),
+    ("cifar10", "cifar-10-binary.tar.gz"): ("https://www.cs.toronto.edu/~kriz/", "md5:c32a1d4ab5d03f1284b67883e8d87530"),
 }
 
 
-def load(name, split, path=None):
+def load(name, split, root=None, path=None):
     """A data set: (images float32 [N, channels, height, width] in [0, 1], labels int64 [N]).
 
-    name: "digits" (1,797 grey 8x8 images that ship inside scikit-learn; split once and for all: 1,437 train, 360 test).
-    split: "train" or "test". Raises ValueError naming name or split.
+    name : "digits" (1,797 grey 8x8 images that ship inside scikit-learn; split once and for all: 1,437 train, 360 test), "mnist",
+           "fashion", "cifar10", or "imagenet" (shorter side to 256, centre 224x224; images then are an `ImageFolder`, read when indexed).
+    split: "train" or "test" (imagenet: the folder "val").
+    root  : folder of downloads, each data set in its own folder; default $SMOOTHING_DATA, else data/downloads. mnist, fashion and cifar10
+            are downloaded where they are missing, and checked; imagenet must lie there (train/ and val/, one folder a class).
+    path  : reads this file or folder instead: the folder of the four IDX files; for cifar10 cifar-10-batches-bin, cifar-10-batches-py,
+            either's tar.gz, or an npz with x_train, y_train, x_test, y_test (Keras's); for imagenet the folder of class folders itself.
+    Raises ValueError naming name, split or the damaged file; FileNotFoundError naming the file, its URL and where to put it.
     """
     if name not in INFO:
         raise ValueError(f"name must be one of {', '.join(INFO)}; got {name!r}")
     if split not in ("train", "test"):
         raise ValueError(f"split must be 'train' or 'test'; got {split!r}")
+    if path is not None and not pathlib.Path(path).exists():
+        raise FileNotFoundError(f"{path} does not exist: give the path of {name} on disk, or leave it out")
+    folder = pathlib.Path(root or os.environ.get("SMOOTHING_DATA") or pathlib.Path(__file__).parent.parent / "data/downloads") / name
+    path = None if path is None else pathlib.Path(path)
+    if name == "imagenet":
+        folder = path or folder / ("val" if split == "test" else "train")
+        images = ImageFolder(folder)
+        return images, images.labels
+    if name == "digits":
+        if path is not None:
+            raise ValueError(f"path: digits ship inside scikit-learn and are not read from {path}; leave it out")
+        images, labels = _digits(split)
+    elif name == "cifar10":
+        images, labels = _cifar10(split, path or _fetch("cifar10", "cifar-10-binary.tar.gz", folder))
+    else:
+        images, labels = (_idx(path / file if path else _fetch(name, file, folder)) for file in IDX[split])
+        images = images[:, None]
+    return _checked(name, images, labels, path or folder)
+
+
+def _checked(name, images, labels, source):
+    info = INFO[name]
+    if images.shape[1:] != info.shape or labels.shape != (len(images),) or not len(labels) or labels.max() >= info.classes:
+        raise ValueError(f"{source} is not {name}: images {images.shape} and labels {labels.shape}, instead of [N, {info.shape}] and [N]")
+    images = torch.from_numpy(np.ascontiguousarray(images))
+    images = images if images.dtype == torch.float32 else images.float().div_(255)
+    return images, torch.from_numpy(labels.astype(np.int64))
+
+
+def content_hash(images):
+    """Hex SHA-256 of a data set's images: of their float32 values, or of an ImageFolder's file names and sizes."""
+    return images.content_hash() if isinstance(images, ImageFolder) else sha256(images.numpy().tobytes())
+
+
+def _fetch(name, file, folder):
+    """The path of a file of DOWNLOADS in `folder`, downloaded where it is missing or its checksum is off."""
+    base, checksum = DOWNLOADS[name, file]
+    try:
+        return pathlib.Path(pooch.retrieve(base + file, checksum, fname=file, path=folder))
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{folder / file} is missing or damaged, and could not be downloaded from {base + file} ({type(error).__name__}): "
+            f"fetch it by hand and put it into {folder}, or set SMOOTHING_DATA to the folder that holds {name}/{file}"
+        ) from error
+
+
+def _digits(split):
     digits = load_digits()
     order = np.random.default_rng(0).permutation(len(digits.target))
     order = order[360:] if split == "train" else order[:360]
-    images = torch.from_numpy(digits.images[order].astype(np.float32) / 16)[:, None]
-    return images, torch.from_numpy(digits.target[order].astype(np.int64))
+    return digits.images[order].astype(np.float32)[:, None] / 16, digits.target[order]
+
+
+def _idx(path):
+    """The array of unsigned bytes in an IDX file, gzipped or not (magic number 0x08 and the number of dimensions, then each size)."""
+    if not path.exists() and path.with_suffix("").exists():
+        path = path.with_suffix("")
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: it is one of the data set's four IDX files, {', '.join(sum(IDX.values(), ()))}")
+    data = path.read_bytes()
+    try:
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+    except (OSError, EOFError) as error:
+        raise ValueError(f"{path} is damaged: {error}. Delete it, so that it is downloaded again") from error
+    shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(data[3] if len(data) > 3 else 0)]
+    if data[:3] != b"\0\0\x08" or len(data) != 4 + 4 * len(shape) + int(np.prod(shape)):
+        raise ValueError(f"{path} is no whole IDX file of bytes. Delete it, so that it is downloaded again")
+    return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def _cifar10(split, path):
+    """uint8 images [N, 3, 32, 32] and labels [N] from any of the forms that CIFAR-10 comes in."""
+    batches = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
+    if path.suffix == ".npz":
+        return _keras(split, path)
+    try:
+        if path.is_dir():
+            files = {file.name: file.read_bytes() for file in path.iterdir() if file.name.removesuffix(".bin") in batches}
+        else:
+            with tarfile.open(path) as tar:
+                members = [m for m in tar if m.isfile() and pathlib.PurePath(m.name).name.removesuffix(".bin") in batches]
+                files = {pathlib.PurePath(m.name).name: tar.extractfile(m).read() for m in members}
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise ValueError(f"{path} is damaged or no tar file: {error}") from error
+    missing = [batch for batch in batches if batch not in files and f"{batch}.bin" not in files]
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)} (each with or without .bin): give cifar-10-batches-bin, cifar-10-batches-py or an npz")
+    parts = [_binary(files[f"{b}.bin"], f"{path}: {b}.bin") if f"{b}.bin" in files else _pickled(files[b], f"{path}: {b}") for b in batches]
+    return np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
+
+
+def _binary(data, source):
+    if not data or len(data) % 3073:
+        raise ValueError(f"{source} is damaged: {len(data)} bytes are not a number of rows of 3073")
+    rows = np.frombuffer(data, np.uint8).reshape(-1, 3073)
+    return rows[:, 1:].reshape(-1, 3, 32, 32), rows[:, 0]
+
+
+class _ArraysOnly(pickle.Unpickler):
+    """Reads pickled numpy arrays and refuses everything else: a pickle may otherwise run any program."""
+
+    def find_class(self, module, name):
+        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
+            return getattr(np, name)
+        if module in ("numpy.core.multiarray", "numpy._core.multiarray") and name == "_reconstruct":
+            return np._core.multiarray._reconstruct
+        if (module, name) == ("_codecs", "encode"):
+            return lambda text, encoding: text.encode(encoding)
+        raise pickle.UnpicklingError(f"{module}.{name} is neither an array nor a number")
+
+
+def _pickled(data, source):
+    try:
+        batch = _ArraysOnly(io.BytesIO(data), encoding="latin1").load()
+        return np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32), np.asarray(batch["labels"], np.uint8)
+    except Exception as error:  # a damaged pickle raises anything
+        raise ValueError(f"{source} is damaged or no batch of CIFAR-10: {error}") from error
+
+
+def _keras(split, path):
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
+    except (KeyError, ValueError, OSError, EOFError) as error:
+        raise ValueError(f"{path} must be an npz with x_{split} [N, 32, 32, 3] and y_{split} [N], uint8: {error}") from error
+    if images.ndim != 4 or images.dtype != np.uint8:
+        raise ValueError(f"{path}: x_{split} must be uint8 [N, 32, 32, 3]; got {images.dtype} {list(images.shape)}")
+    return images.transpose(0, 3, 1, 2), labels.reshape(-1)
+
+
+class ImageFolder:
+    """Images of a folder of class folders (labels: their sorted names), read when indexed, so that memory stays flat.
+
+    folder[index array [B]] gives float32 [B, 3, 224, 224] in [0, 1]: shorter side resized to 256, centre cropped (the field's). len(), .labels.
+    """
+
+    def __init__(self, folder):
+        from lib.vision import torchvision
+
+        folder = pathlib.Path(folder)
+        if not folder.is_dir() or not any(child.is_dir() for child in folder.iterdir()):
+            raise FileNotFoundError(
+                f"{folder} must be a folder with one folder of images a class (n01440764, ...): ImageNet is not downloaded; get it from "
+                "https://image-net.org, sort the images into class folders, and put it there or give its path"
+            )
+        size = INFO["imagenet"].shape[1]
+        steps = torchvision.transforms
+        transform = steps.Compose([steps.Resize(256), steps.CenterCrop(size), steps.ToTensor()])
+        self._folder = torchvision.datasets.ImageFolder(folder, transform)
+        self.labels = torch.tensor(self._folder.targets)
+
+    def __len__(self):
+        return len(self._folder)
+
+    def __getitem__(self, index):
+        return torch.stack([self._folder[int(i)][0] for i in np.asarray(index).reshape(-1)])
+
+    def content_hash(self):
+        root = pathlib.Path(self._folder.root)
+        files = [(pathlib.Path(path).relative_to(root).as_posix(), os.path.getsize(path)) for path, _ in self._folder.samples]
+        return sha256(repr(files).encode())

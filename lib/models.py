@@ -60,10 +60,10 @@ class _BasicBlock(nn.Module):
 class CifarResNet(nn.Module):
     """The CIFAR ResNet of 6 n + 2 layers and 16, 32, 64 channels (He et al. 2016), parameter names as in the published checkpoints of the field."""
 
-    def __init__(self, depth, classes):
+    def __init__(self, depth, classes, channels=3):
         super().__init__()
         blocks = (depth - 2) // 6
-        self.conv1 = nn.Conv2d(3, 16, 3, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(channels, 16, 3, padding=1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)
         self.layer1 = self._stage(16, 16, blocks, 1)
         self.layer2 = self._stage(16, 32, blocks, 2)
@@ -87,8 +87,8 @@ class CifarResNet(nn.Module):
 def build(architecture, data):
     """A new classifier for a data set (lib.data.INFO): Normalize with the data set's constants, then the network, as nn.Sequential.
 
-    architecture: "mlp", "small_cnn", "cifar_resnet20" or "cifar_resnet110" (272,474 and 1,730,714 parameters for 10 classes).
-    Raises ValueError naming architecture or data.
+    architecture: "mlp", "small_cnn", "cifar_resnet20" or "cifar_resnet110" (272,474 and 1,730,714 parameters for 10 classes), or
+    torchvision's "resnet18" or "resnet50" (for images of 224x224). Raises ValueError naming architecture or data.
     """
     if data not in INFO:
         raise ValueError(f"data must be one of {', '.join(INFO)}; got {data!r}")
@@ -98,9 +98,19 @@ def build(architecture, data):
     return nn.Sequential(Normalize(info.mean, info.std), ARCHITECTURES[architecture](info.shape, info.classes))
 
 
+def _torchvision(name, shape, classes):
+    from lib.vision import torchvision
+
+    if shape[0] != 3:
+        raise ValueError(f"architecture {name!r} takes images of 3 channels; this data set has {shape[0]}: take small_cnn or cifar_resnet20")
+    return getattr(torchvision.models, name)(weights=None, num_classes=classes)
+
+
 ARCHITECTURES = {
     "mlp": mlp,
     "small_cnn": small_cnn,
-    "cifar_resnet20": lambda shape, classes: CifarResNet(20, classes),
-    "cifar_resnet110": lambda shape, classes: CifarResNet(110, classes),
+    "cifar_resnet20": lambda shape, classes: CifarResNet(20, classes, shape[0]),
+    "cifar_resnet110": lambda shape, classes: CifarResNet(110, classes, shape[0]),
+    "resnet18": lambda shape, classes: _torchvision("resnet18", shape, classes),
+    "resnet50": lambda shape, classes: _torchvision("resnet50", shape, classes),
 }
