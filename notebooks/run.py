@@ -16,6 +16,8 @@ from nbconvert import MarkdownExporter
 from papermill.exceptions import PapermillExecutionError
 
 ROOT = pathlib.Path(__file__).parent.parent
+# Waiting threads sleep instead of spinning: on a busy machine live counting is then up to 15 times faster, on an idle one no slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 
 def execute(name, profile):
