@@ -42,13 +42,17 @@ def render(executed, folder):
             continue
         if cell.cell_type == "code":
             # Progress bars and other chatter on stderr, and cells whose numbers vary from run to run, stay out of the book.
-            cell.outputs = [] if "volatile" in tags else [_linked(output) for output in cell.outputs if output.get("name") != "stderr"]
+            cell.outputs = [] if "volatile" in tags else [_linked(output) for output in cell.outputs if not _chatter(output)]
         cells.append(cell)
     book.cells = cells
     text, _ = MarkdownExporter().from_notebook_node(book)
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+
+
+def _chatter(output):
+    return output.get("name") == "stderr" or "application/vnd.jupyter.widget-view+json" in output.get("data", {})
 
 
 def _linked(output):
