@@ -45,6 +45,13 @@ def clopper_pearson_lower(k, n, alpha):
     if alpha < 1e-200:
         raise ValueError(f"alpha must be at least 1e-200, where the binomial tail is still computed to 10 digits; got {alpha!r}")
     k, n = _check_counts(k, n)
+    # Counts of many examples repeat: each pair is solved once.
+    key = k if (n == n.flat[:1]).all() else k + 1j * n
+    _, first, where = np.unique(key, return_index=True, return_inverse=True)
+    return _solve_lower(k.ravel()[first], n.ravel()[first], alpha)[where].reshape(k.shape)[()]
+
+
+def _solve_lower(k, n, alpha):
     # Where k = 0 the bound is 0 and no equation is solved; k = 1 stands in to keep scipy's arguments legal.
     a = np.where(k > 0, k, 1.0)
     target = alpha * (1 - 1e-10)
@@ -53,11 +60,10 @@ def clopper_pearson_lower(k, n, alpha):
     tail = betainc(a, n - a + 1, bound)
     wrong = ~((tail <= target) & (tail >= alpha * (1 - 1e-6)))
     if wrong.any():
-        bound = np.asarray(bound)
         bound[wrong] = _bisect_down(a[wrong], n[wrong], target)
     # k = n in closed form; exponent and result a hair lower, as the logarithm, the quotient and the exponential are rounded.
     bound = np.where(k == n, np.exp(np.log(alpha) / n * (1 + 1e-15)) * (1 - 1e-15), bound)
-    return np.where(k > 0, bound, 0.0)[()]
+    return np.where(k > 0, bound, 0.0)
 
 
 def clopper_pearson_upper(k, n, alpha):

@@ -206,7 +206,16 @@ def test_arrays_broadcast_and_agree_with_scalars():
         one = clopper_pearson_lower(int(k[i, j]), int(n[i, 0]), 0.01)
         assert isinstance(one, float)
         assert one == table[i, j]
-    assert clopper_pearson_lower(np.zeros(0), 10, 0.01).shape == (0,)
+    assert clopper_pearson_lower(np.zeros((2, 0)), 10, 0.01).shape == (2, 0)
+
+
+def test_repeated_counts_are_each_given_their_own_bound():
+    """Equal pairs are solved once, whether n is one number or differs: shuffled repeats agree with one call a value."""
+    rng = np.random.default_rng(0)
+    k, n = rng.integers(0, 20, (40, 5)), rng.integers(20, 23, (40, 5))
+    for draws in (n, np.full_like(n, 20)):
+        expected = [clopper_pearson_lower(a, b, 0.01) for a, b in zip(k.flat, draws.flat, strict=True)]
+        np.testing.assert_array_equal(clopper_pearson_lower(k, draws, 0.01).ravel(), expected)
 
 
 def test_lower_covers():
