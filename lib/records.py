@@ -164,7 +164,7 @@ def counts_from_log(log, noise, n, alpha):
     if strange.any():
         i = int(np.argmax(strange))
         raise ValueError(
-            f"log: radius {radius[i]!r} of idx {log['idx'].iloc[i]} fits no count of n = {n} draws at alpha = {alpha} "
+            f"log: radius {float(radius[i])} of idx {log['idx'].iloc[i]} fits no count of n = {n} draws at alpha = {alpha} "
             f"(the largest radius these allow is {table[-1]:.4g}): state the n, alpha and sigma that the log was made with"
         )
     votes = k[np.minimum((first + last - 1) // 2, len(k) - 1)]

@@ -46,10 +46,12 @@ def fit(
     Raises ValueError naming the argument.
     """
     check_images(x)
-    check_labels(y, len(x), "y")
     check_draws(epochs=epochs, batch=batch)
     device = torch.device(device) if device else next(model.parameters()).device
     model.to(device).to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        classes = model.eval()(x[:1].to(device)).shape[1]
+    y = torch.from_numpy(check_labels(torch.as_tensor(y).cpu(), len(x), "y", classes))
     averaged = copy.deepcopy(model) if average else None
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=True)
     history = _resume(state, model, averaged, optimizer, device)

@@ -1,0 +1,187 @@
+"""Each bad input is answered by a ValueError that names the argument, what was expected and what came.
+
+Run as a script (`python tests/test_bad_inputs.py`) it prints every message.
+"""
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+from lib import bounds, metrics
+from lib.certify import Certificates, certify, predict
+from lib.counts import RecordedCounts, SimulatedCounts
+from lib.data import load
+from lib.engine import BaseClassifier, ModelCounts
+from lib.losses import GaussianLoss
+from lib.models import build
+from lib.noise import Gaussian, cohen_radius, lecuyer_radius, li_radius
+from lib.records import counts_from_log, save_counts
+from lib.train import fit
+
+X = torch.full((2, 1, 8, 8), 0.5)
+Y = torch.tensor([0, 1])
+LOG = pd.DataFrame({"idx": [0], "label": [0], "predict": [0], "radius": [0.5], "correct": [1], "time": [0.0]})
+
+
+def network(bias=0.0):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))
+    torch.nn.init.constant_(model[1].bias, bias)
+    return model
+
+
+def live(x=X, noise=None, model=None, **settings):
+    engine = {} if isinstance(model, BaseClassifier) else {"dtype": torch.float32, "block": 16, "layout": "contiguous", "compile": False}
+    return ModelCounts(network() if model is None else model, x, noise or Gaussian(0.5), **engine | settings)
+
+
+def votes():
+    return RecordedCounts([[900, 100], [10, 990]])
+
+
+def certificates():
+    return Certificates.from_bounds(np.array([0, 1]), np.array([0.9, 0.8]), Gaussian(1.0), draws=10)
+
+
+def run(n0=10, n=100, alpha=0.001, **kw):
+    return certify(votes(), Gaussian(0.5), n0, n, alpha, **kw)
+
+
+def train(x=X, y=Y, epochs=1, batch=2, lr=0.1):
+    return fit(network(), x, y, GaussianLoss(), Gaussian(0.5), epochs, lr=lr, batch=batch)
+
+
+# Name: (call, what its message must hold).
+BAD = {
+    # A failure probability.
+    "alpha 0": (lambda: run(alpha=0), ["alpha", "(0, 1)", "0"]),
+    "alpha 1": (lambda: predict(votes(), 10, 1), ["alpha", "(0, 1)"]),
+    "alpha negative": (lambda: bounds.clopper_pearson_lower(3, 5, -0.1), ["alpha", "-0.1"]),
+    "alpha NaN": (lambda: run(alpha=math.nan), ["alpha", "nan"]),
+    "alpha text": (lambda: run(alpha="0.001"), ["alpha", "'0.001'"]),
+    "alpha list": (lambda: run(alpha=[0.001]), ["alpha", "[0.001]"]),
+    "alpha complex": (lambda: run(alpha=0.1 + 0j), ["alpha"]),
+    "alpha too small": (lambda: bounds.clopper_pearson_lower(3, 5, 1e-250), ["alpha", "1e-200", "1e-250"]),
+    "alpha of theorem 5": (lambda: bounds.certified_accuracy_lower(5, 10, 0.6, 0.001), ["alpha", "1/2", "0.6"]),
+    "rho": (lambda: bounds.certified_accuracy_lower(5, 10, 0.001, 0), ["rho", "(0, 1)"]),
+    # Numbers of draws.
+    "n 0": (lambda: run(n=0), ["n must", "at least 1", "0"]),
+    "n negative": (lambda: predict(votes(), -5, 0.001), ["n must", "-5"]),
+    "n float": (lambda: run(n=100.0), ["n must", "whole", "100.0"]),
+    "n text": (lambda: run(n="100"), ["n must", "'100'"]),
+    "n bool": (lambda: run(n=True), ["n must", "True"]),
+    "n none": (lambda: run(n=None), ["n must", "None"]),
+    "n of the wrong length": (lambda: votes().draw([1, 2, 3]), ["n must", "2 of them"]),
+    "n matrix": (lambda: SimulatedCounts([[0.5, 0.5]]).draw([[1]]), ["n must"]),
+    "draws negative": (lambda: votes().draw([-1, 2]), ["n must", "at least 0", "-1"]),
+    "n0 0": (lambda: run(n0=0), ["n0 must", "at least 1"]),
+    "n0 float": (lambda: run(n0=10.5), ["n0 must", "whole", "10.5"]),
+    "n0 beside a given class": (lambda: run(n0=10, prediction=[0, 1]), ["n0", "0", "10"]),
+    "n of a bound 0": (lambda: bounds.clopper_pearson_lower(0, 0, 0.001), ["n must", "at least 1", "0.0"]),
+    "n of a bound infinite": (lambda: bounds.clopper_pearson_upper(3, math.inf, 0.001), ["n must", "finite", "inf"]),
+    "a record exhausted": (lambda: run(n=991), ["exhausted", "n = 991", "example 0", "990", "fewer draws"]),
+    # Counts and probabilities.
+    "k above n": (lambda: bounds.clopper_pearson_lower([3, 7], 5, 0.001), ["k must", "k = 7.0, n = 5.0"]),
+    "k negative": (lambda: bounds.clopper_pearson_upper(-1, 5, 0.001), ["k must", "0 <= k <= n"]),
+    "k NaN": (lambda: bounds.clopper_pearson_lower(math.nan, 5, 0.001), ["k must", "nan"]),
+    "n_a below n_b": (lambda: bounds.top_class_pvalue(3, 5), ["n_a", "n_b", "n_a = 3.0, n_b = 5.0"]),
+    "n_b negative": (lambda: bounds.top_class_pvalue(3, -1), ["n_b", "-1"]),
+    "n_a infinite": (lambda: bounds.top_class_pvalue(math.inf, 1), ["n_a", "inf"]),
+    "y above m": (lambda: bounds.certified_accuracy_lower(11, 10, 0.001, 0.001), ["y must", "0 <= y <= m"]),
+    "m 0": (lambda: bounds.certified_accuracy_lower(0, 0, 0.001, 0.001), ["m >= 1"]),
+    "counts in one row": (lambda: RecordedCounts([1, 2]), ["counts", "[B, C]", "(2,)"]),
+    "counts negative": (lambda: RecordedCounts([[1, -2]]), ["counts", ">= 0"]),
+    "counts real": (lambda: RecordedCounts([[1.0, 2.0]]), ["counts", "whole", "float64"]),
+    "counts empty": (lambda: RecordedCounts(np.zeros((0, 3), dtype=int)), ["counts", "(0, 3)"]),
+    "index of the wrong length": (lambda: RecordedCounts([[1, 2]], index=[0, 1]), ["index", "1 examples", "2"]),
+    "probabilities in one row": (lambda: SimulatedCounts([0.5, 0.5]), ["probabilities", "[B, C]"]),
+    "probabilities that do not sum to 1": (lambda: SimulatedCounts([[0.5, 0.6]]), ["probabilities", "sum to 1"]),
+    "probabilities negative": (lambda: SimulatedCounts([[1.5, -0.5]]), ["probabilities", ">= 0"]),
+    "probabilities NaN": (lambda: SimulatedCounts([[math.nan, 1.0]]), ["probabilities"]),
+    "p_lower above 1": (lambda: Gaussian(0.5).radius(1.5), ["p_lower", "[0, 1]", "1.5"]),
+    "p_lower NaN": (lambda: Gaussian(0.5).radius([0.9, math.nan]), ["p_lower", "nan"]),
+    "p_a negative": (lambda: cohen_radius(-0.1, 0.1, 0.5), ["p_a", "[0, 1]"]),
+    "p_b NaN": (lambda: lecuyer_radius(0.8, math.nan, 0.5), ["p_b", "nan"]),
+    "p_a and p_b above 1": (lambda: li_radius(0.8, 0.4, 0.5), ["p_a + p_b", "at most 1", "1.2"]),
+    # Noise and radii.
+    "sigma 0": (lambda: Gaussian(0), ["sigma", "> 0", "0"]),
+    "sigma negative": (lambda: Gaussian([0.5, -0.25]), ["sigma", "> 0", "-0.25"]),
+    "sigma NaN": (lambda: Gaussian(math.nan), ["sigma", "finite", "nan"]),
+    "sigma infinite": (lambda: cohen_radius(0.8, 0.1, math.inf), ["sigma", "finite", "inf"]),
+    "sigma text": (lambda: Gaussian("half"), ["sigma", "'half'"]),
+    "sigma none": (lambda: Gaussian(None), ["sigma", "None"]),
+    "sigma matrix": (lambda: Gaussian([[0.5]]), ["sigma", "one value per example"]),
+    "sigma of the wrong length": (lambda: live(noise=Gaussian([0.1, 0.2, 0.3])), ["sigma", "2", "3"]),
+    "radius negative": (lambda: Gaussian(0.5).probability(-1.0), ["radius", ">= 0", "-1."]),
+    "radius NaN": (lambda: Gaussian(0.5).probability(math.nan), ["radius", "nan"]),
+    "radii negative": (lambda: metrics.certified_accuracy(certificates(), [0, 1], [0.5, -0.5]), ["radii", ">= 0", "-0.5"]),
+    # Labels and classes.
+    "labels too few": (lambda: metrics.average_certified_radius(certificates(), [0]), ["labels", "2 whole numbers", "(1,)"]),
+    "labels real": (lambda: metrics.certified_accuracy(certificates(), [0.0, 1.0], 0.5), ["labels", "float64"]),
+    "labels negative": (lambda: certificates().frame(labels=[0, -1]), ["labels", ">= 0", "-1"]),
+    "prediction of the wrong length": (lambda: run(n0=0, prediction=[0]), ["prediction", "2 whole numbers"]),
+    "prediction of an abstention": (lambda: run(n0=0, prediction=[0, -1]), ["prediction", ">= 0", "-1"]),
+    "prediction of no class": (lambda: run(n0=0, prediction=[0, 2]), ["prediction", "below 2", "got 2"]),
+    # Images and networks.
+    "images as numpy": (lambda: live(X.numpy()), ["x must", "torch.Tensor", "ndarray"]),
+    "one image": (lambda: live(X[0]), ["x must", "[B, channels, height, width]", "x[None]", "[1, 8, 8]"]),
+    "no images": (lambda: live(X[:0]), ["x must", "B >= 1"]),
+    "images in bytes": (lambda: live((X * 255).to(torch.uint8)), ["x must", "float32", "/ 255", "uint8"]),
+    "images in double": (lambda: live(X.double()), ["x must", "float32", "float64"]),
+    "images up to 255": (lambda: live(X * 255), ["x must", "[0, 1]", "127.5", "255", "Normalize"]),
+    "images below 0": (lambda: live(X - 1), ["x must", "[0, 1]", "-0.5"]),
+    "images with a NaN": (lambda: live(X * math.nan), ["x must", "nan"]),
+    "images unbounded but infinite": (lambda: live(X / 0, bounded=False), ["x must", "finite", "inf"]),
+    "images of another shape": (lambda: live(torch.zeros(1, 1, 4, 4), model=live().base), ["x must", "(1, 8, 8)", "(1, 4, 4)"]),
+    "model no module": (lambda: live(model=lambda x: x), ["model must", "torch.nn.Module", "function"]),
+    "model without classes": (lambda: live(model=torch.nn.Identity()), ["model must", "[B, classes]", "[1, 1, 8, 8]"]),
+    "model of NaN": (lambda: live(model=network(math.nan)).draw([0, 7]), ["model", "non-finite", "7 of 7", "example 1", "float32"]),
+    "model of infinity": (lambda: live(model=network(math.inf)).draw(7), ["model", "non-finite", "example 0"]),
+    "live index negative": (lambda: live(index=[0, -1]), ["index", ">= 0"]),
+    "live index too short": (lambda: live(index=[0]), ["index", "2 whole numbers"]),
+    "seed negative": (lambda: live(seed=-1), ["seed", "-1"]),
+    "seed real": (lambda: live(seed=1.5), ["seed", "1.5"]),
+    "settings of a finished engine": (lambda: ModelCounts(live().base, X, Gaussian(0.5), block=8), ["block", "BaseClassifier"]),
+    "dtype": (lambda: live(dtype=torch.float64), ["dtype", "float32", "float64"]),
+    "layout": (lambda: live(layout="rows"), ["layout", "channels_last", "'rows'"]),
+    "compile": (lambda: live(compile="yes"), ["compile", "'auto'", "'yes'"]),
+    "block 0": (lambda: live(block=0), ["block", "at least 1"]),
+    # Records, models, data, training.
+    "saved counts real": (lambda: save_counts("never", [[1.5]], [0], [0]), ["counts", "whole", "float64"]),
+    "saved index too long": (lambda: save_counts("never", [[1]], [0, 1], [0]), ["index", "1 whole numbers"]),
+    "saved labels negative": (lambda: save_counts("never", [[1]], [0], [-1]), ["labels", ">= 0"]),
+    "log of other draws": (lambda: counts_from_log(LOG, Gaussian(0.1), 100, 0.001), ["log", "radius 0.5", "n = 100", "alpha = 0.001", "sigma"]),
+    "log with n 0": (lambda: counts_from_log(LOG, Gaussian(0.5), 0, 0.001), ["n must", "at least 1"]),
+    "log with alpha 2": (lambda: counts_from_log(LOG, Gaussian(0.5), 100, 2), ["alpha", "(0, 1)"]),
+    "architecture unknown": (lambda: build("transformer", "digits"), ["architecture", "small_cnn", "'transformer'"]),
+    "data unknown": (lambda: build("mlp", "stars"), ["data", "digits", "'stars'"]),
+    "data set unknown": (lambda: load("stars", "train"), ["name", "digits", "'stars'"]),
+    "split unknown": (lambda: load("digits", "dev"), ["split", "'test'", "'dev'"]),
+    "training images up to 255": (lambda: train(X * 255), ["x must", "[0, 1]"]),
+    "training labels too few": (lambda: train(y=Y[:1]), ["y must", "2 whole numbers"]),
+    "training labels out of range": (lambda: train(y=torch.tensor([0, 3])), ["y must", "below 3", "got 3"]),
+    "epochs 0": (lambda: train(epochs=0), ["epochs", "at least 1"]),
+    "batch real": (lambda: train(batch=1.5), ["batch", "whole", "1.5"]),
+    "training that diverges": (lambda: train(lr=1e30, epochs=4), ["diverged", "lower lr", "1e+30"]),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input(name):
+    call, parts = BAD[name]
+    with pytest.raises(ValueError) as error:
+        call()
+    message = str(error.value)
+    assert [part for part in parts if part not in message] == [], message
+
+
+if __name__ == "__main__":
+    for name, (call, _) in BAD.items():
+        try:
+            call()
+        except ValueError as error:
+            print(f"{name}: {error}")
+        else:
+            print(f"{name}: ACCEPTED")
