@@ -1,5 +1,7 @@
 """Input-specific sampling: the decline, the map, both propositions, and what each way to spend the draws guarantees."""
 
+import pathlib
+
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings
@@ -7,12 +9,14 @@ from hypothesis import strategies as st
 from scipy.stats import beta, binom, binomtest, norm
 
 from lib.bounds import clopper_pearson_lower
-from lib.certify import ABSTAIN, Certificates
+from lib.certify import ABSTAIN, Certificates, certify
 from lib.counts import RecordedCounts, SimulatedCounts
 from lib.iss import SampleSizeMap, certify_iss, decline, failure_rate, sample_size_map
-from lib.metrics import average_sample_size, max_absolute_decline, speed_up
+from lib.metrics import average_certified_radius, average_sample_size, max_absolute_decline, speed_up
 from lib.noise import Gaussian
+from lib.records import counts_from_log, read_log
 
+RECORDS = pathlib.Path(__file__).parent.parent / "data" / "records"
 NOISE = Gaussian(0.5)
 ALPHA = 0.001
 SETTINGS = [("absolute", 0.05), ("absolute", 0.10), ("relative", 0.01), ("relative", 0.05)]
@@ -332,6 +336,19 @@ def test_metrics_of_draws_and_decline():
         max_absolute_decline(before, Certificates.from_bounds(np.array([0]), np.array([0.9]), NOISE, 10))
     with pytest.raises(ValueError, match="n must"):
         speed_up(after, 0)
+
+
+@pytest.mark.parametrize(("step", "draws"), [(0.001, 34_313), (None, 32_363)])
+def test_replay_of_a_published_imagenet_log(step, draws):
+    """AD-10-0.05 at sigma .5 (Chen et al. 2022, table 1: 32,992 draws, ACR .794); the draws by independent code, .6% a replay."""
+    log = counts_from_log(read_log(RECORDS / "imagenet-resnet50-consistency-sigma0.50.tsv"), NOISE, 100_000, ALPHA)
+    found = sample_size_map(100_000, 0.05, "absolute", NOISE, ALPHA, step)
+    iss = certify_iss(RecordedCounts(log.counts), NOISE, 1000, 100_000, found, ALPHA, "reused", log.prediction)
+    ias = certify(RecordedCounts(log.counts), NOISE, 0, round(average_sample_size(iss)), ALPHA, log.prediction)
+    assert average_sample_size(iss) == pytest.approx(draws, rel=0.02)
+    assert average_certified_radius(iss, log.labels) == pytest.approx(0.794, abs=0.010)
+    assert average_certified_radius(iss, log.labels) > average_certified_radius(ias, log.labels) + 0.015
+    assert (iss.prediction[log.abstained] == ABSTAIN).all()
 
 
 # ------------------------------------------------------------------ bad input
