@@ -169,7 +169,7 @@ class ModelCounts:
     index : int [B], each example's index in its data set, which seeds its noise; default 0..B-1. seed: whole number >= 0.
     bounded: False admits finite pixels outside [0, 1], in the same units: a perturbed image may leave the range, a certificate covers it too.
     progress: True, False, or None: a bar on draws of more than a few seconds.
-    Raises ValueError naming the argument, and FloatingPointError (a ValueError at the command line) never: non-finite logits are ValueErrors.
+    Raises ValueError naming the argument; also where the model gives non-finite logits, which are never counted as a class.
     """
 
     def __init__(self, model, x, noise, index=None, seed=0, progress=None, bounded=True, **engine):
