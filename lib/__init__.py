@@ -4,6 +4,7 @@ from lib.bounds import certified_accuracy_lower, clopper_pearson_lower, clopper_
 from lib.certify import ABSTAIN, Certificates, certify, predict
 from lib.counts import RecordedCounts, SimulatedCounts
 from lib.engine import BaseClassifier, ModelCounts
+from lib.iss import SampleSizeMap, certify_iss, sample_size_map
 from lib.noise import Gaussian, cohen_radius, lecuyer_radius, li_radius
 
 __all__ = [
@@ -13,15 +14,18 @@ __all__ = [
     "Gaussian",
     "ModelCounts",
     "RecordedCounts",
+    "SampleSizeMap",
     "SimulatedCounts",
     "certified_accuracy_lower",
     "certify",
+    "certify_iss",
     "clopper_pearson_lower",
     "clopper_pearson_upper",
     "cohen_radius",
     "lecuyer_radius",
     "li_radius",
     "predict",
+    "sample_size_map",
     "top_class_pvalue",
 ]
 __version__ = "0.1.0"
