@@ -67,6 +67,10 @@ models: $(READY) ## retrain the committed digits networks (half a minute)
 records: $(READY) ## count the votes of every committed digits record again (an hour of one core), with a progress bar
 	$(BIN)/python -m lib.zoo records
 
+cifar10: $(READY) ## CIFAR-10: train, select, record; make cifar10 DATA=<npz, folder or tar.gz>; hours, stops and resumes
+	@test -n "$(DATA)" || { echo "say where CIFAR-10 is: make cifar10 DATA=path/to/cifar-10-python.tar.gz"; exit 2; }
+	$(BIN)/python -m lib.zoo cifar10 $(DATA)
+
 bench: $(READY) ## the benchmarks: speed and cost, as ratios (an idle machine)
 	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
 
@@ -80,4 +84,4 @@ lock: $(READY) ## pin the environment anew: requirements.txt from pyproject.toml
 clean: ## remove the environment and everything built (figures stay)
 	rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis *.egg-info
 
-.PHONY: all help setup figures smoke paper test lint format models records bench lab lock clean
+.PHONY: all help setup figures smoke paper test lint format models records cifar10 bench lab lock clean
