@@ -1,0 +1,289 @@
+"""Live votes against networks whose class probabilities are known in closed form, and the noise's independence of everything but its seed."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binom, binomtest, chisquare, kstest, norm
+from torch import nn
+
+from lib.certify import certify
+from lib.engine import CHUNK, BaseClassifier, ModelCounts
+from lib.noise import Gaussian
+
+SHAPE = (1, 4, 4)
+PLAIN = {"dtype": torch.float32, "block": 64, "layout": "contiguous", "compile": False}
+
+
+class Steps(nn.Module):
+    """Classes by thresholds on s = w'x: class j between the j-th and the next. As logits: the upper envelope of lines of rising slope.
+
+    Under N(x, sigma^2 I) s is normal with mean w'x and deviation sigma ||w||, so the class probabilities are differences of Phi.
+    """
+
+    def __init__(self, weight, thresholds):
+        super().__init__()
+        self.weight = nn.Parameter(torch.as_tensor(weight, dtype=torch.float32).flatten())
+        self.thresholds = thresholds
+        # Line j + 1 overtakes line j at threshold j: each intercept is lower by the threshold.
+        self.intercepts = nn.Parameter(torch.tensor(np.append(0.0, -np.cumsum(thresholds)), dtype=torch.float32))
+
+    def forward(self, x):
+        s = x.flatten(1) @ self.weight.to(x.dtype)
+        slopes = torch.arange(len(self.intercepts), dtype=x.dtype, device=x.device)
+        return s[:, None] * slopes + self.intercepts
+
+    def probabilities(self, x, sigma):
+        mean = (x.double().flatten(1) @ self.weight.detach().double()).numpy()
+        deviation = np.broadcast_to(sigma, len(x)) * float(self.weight.detach().double().norm())
+        edges = np.array([-np.inf, *self.thresholds, np.inf])
+        return np.diff(norm.cdf((edges - mean[:, None]) / deviation[:, None]), axis=1)
+
+
+class Spy(nn.Module):
+    """Remembers every row that it is shown; votes by the sign of the first pixel."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, x):
+        self.seen.append(x.detach().clone())
+        first = x.flatten(1)[:, 0]
+        return torch.stack([first, -first], dim=1)
+
+
+def images(size, seed=0):
+    return torch.rand(size, *SHAPE, generator=torch.Generator().manual_seed(seed))
+
+
+def steps():
+    """Four classes, each likely somewhere among images of random pixels."""
+    weight = torch.randn(16, generator=torch.Generator().manual_seed(1))
+    return Steps(weight, np.array([-1.0, 0.1, 0.9]) + float(weight.sum()) / 2)
+
+
+def noise_of(source, n):
+    """The noise behind n draws of each example (of equal images), float64 [rows, pixels], in the order of the stream."""
+    spy = source.base._voter.model
+    spy.seen.clear()
+    total = int(np.broadcast_to(n, len(source)).sum())
+    source.draw(n)
+    return (torch.cat(spy.seen)[:total] - 0.5).double().flatten(1).numpy()
+
+
+def spied(size=1, block=64, sigma=0.5, **settings):
+    return ModelCounts(Spy(), torch.full((size, *SHAPE), 0.5), Gaussian(sigma), **PLAIN | {"block": block} | settings)
+
+
+# ------------------------------------------------------------------ the right counts
+
+
+def test_votes_follow_the_closed_form():
+    """Four classes, 20,000 draws of each of 12 images: each image's counts fit its probabilities (chi-square), and so do all together."""
+    model, x = steps(), images(12)
+    counts = ModelCounts(model, x, Gaussian(0.3), seed=5, **PLAIN | {"block": 512}).draw(20_000)
+    assert counts.dtype == np.int64
+    assert (counts.sum(axis=1) == 20_000).all()
+    pvalues = [chisquare(c, 20_000 * p).pvalue for c, p in zip(counts, model.probabilities(x, 0.3), strict=True)]
+    assert min(pvalues) > 1e-4
+    assert kstest(pvalues, "uniform").pvalue > 1e-4
+
+
+def test_one_sigma_per_example():
+    model, x, sigma = steps(), images(3), np.array([0.2, 0.4, 1.5])
+    counts = ModelCounts(model, x, Gaussian(sigma), **PLAIN).draw([5000, 7000, 9000])
+    for c, p in zip(counts, model.probabilities(x, sigma), strict=True):
+        assert chisquare(c, c.sum() * p).pvalue > 1e-4
+
+
+def test_certificates_of_a_linear_network_respect_the_true_margin():
+    """The true radius is the distance to the boundary, |w'x + b| / ||w||; 400 certificates at alpha = 1/20 exceed it no more often."""
+    weight = np.random.default_rng(0).normal(size=16)
+    model, x = Steps(weight, [weight.sum() / 2]), images(400, seed=3)
+    distance = np.abs(x.double().flatten(1).numpy() @ weight - weight.sum() / 2) / np.linalg.norm(weight)
+    true = (x.double().flatten(1).numpy() @ weight > weight.sum() / 2).astype(int)
+    found = certify(ModelCounts(model, x, Gaussian(0.25), **PLAIN | {"block": 512}), Gaussian(0.25), n0=20, n=400, alpha=0.05)
+    false = (found.prediction >= 0) & ((found.prediction != true) | (found.radius > distance))
+    assert binomtest(int(false.sum()), 400, 0.05, alternative="greater").pvalue > 1e-4
+    # Not by saying nothing: most are certified, and none of the far ones falls much short.
+    assert (found.prediction >= 0).mean() > 0.6
+    near = (distance > 0.1) & (distance < 0.3)
+    assert np.median(found.radius[near] / distance[near]) > 0.7
+
+
+def test_bfloat16_is_the_network_that_runs():
+    """Votes in bfloat16 come from bfloat16 weights and images; they are counted with the same noise."""
+    spy = Spy()
+    ModelCounts(spy, torch.full((1, *SHAPE), 0.5), Gaussian(0.5), **PLAIN | {"dtype": torch.bfloat16}).draw(10)
+    single = spied()
+    noise = noise_of(single, 10)
+    assert spy.seen[-1].dtype == torch.bfloat16
+    np.testing.assert_array_equal((torch.from_numpy(noise).float() + 0.5).bfloat16().float(), spy.seen[-1][:10].flatten(1).float())
+
+
+# ------------------------------------------------------------------ the noise
+
+
+def test_noise_moments_and_law():
+    """Over 3 examples and 7,000 draws: normal (Kolmogorov-Smirnov), mean 0, variance sigma^2, pixel by pixel uncorrelated."""
+    noise = noise_of(spied(size=3, block=100), 7000) / 0.5
+    assert noise.shape == (21_000, 16)
+    assert kstest(noise.ravel(), "norm").pvalue > 1e-4
+    assert abs(noise.mean()) < 4.5 / np.sqrt(noise.size)
+    assert abs(noise.var() - 1) < 4.5 * np.sqrt(2 / noise.size)
+    correlation = np.corrcoef(noise.T)[np.triu_indices(16, 1)]
+    assert np.abs(correlation).max() < 4.5 / np.sqrt(len(noise))
+
+
+def test_noise_is_independent_across_draws_blocks_chunks_examples_seeds_and_calls():
+    """No two rows are equal, and whole streams are uncorrelated: neighbours, block by block, chunk by chunk, and one source against others."""
+    source = spied(size=2, block=64)
+    stream = noise_of(source, 40 * CHUNK)
+    first, second = stream[: 40 * CHUNK], stream[40 * CHUNK :]
+    later = noise_of(source, [40 * CHUNK, 0])
+    other = noise_of(spied(seed=1), 40 * CHUNK)
+    moved = noise_of(spied(index=[7]), 40 * CHUNK)
+    everything = np.concatenate([first, second, later, other, moved])
+    assert len(np.unique(everything, axis=0)) == len(everything)
+    pairs = [(first, b) for b in (second, later, other, moved)] + [(first[lag:], first[:-lag]) for lag in (1, 64, CHUNK)]
+    for a, b in pairs:
+        for change in (np.asarray, np.abs):
+            assert abs(np.corrcoef(change(a).ravel(), change(b).ravel())[0, 1]) < 4.5 / np.sqrt(a.size)
+
+
+def test_noise_of_a_draw_hangs_on_seed_index_and_number_alone():
+    """Draw j of an example is the same noise whatever was asked before, in whatever pieces, beside whatever others, in whatever blocks."""
+    whole = noise_of(spied(index=[3], seed=9), 350)
+    pieces = spied(size=3, block=7, index=[8, 3, 0], seed=9)
+    parts = [noise_of(pieces, n)[slice(n[0], n[0] + n[1])] for n in ([5, 1, 9], [0, 99, 4], [70, 0, 0], [0, 101, 0], [1, 149, 30])]
+    np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+# ------------------------------------------------------------------ the same counts however they are asked for
+
+
+@pytest.mark.parametrize("block", [1, 37, 64, 1000])
+def test_counts_are_the_same_for_any_block_order_and_company(block):
+    """On the line network in float32, whose logits are far from ties next to rounding."""
+    model, x = steps(), images(9)
+    expected = ModelCounts(model, x, Gaussian(0.3), seed=2, **PLAIN).draw(230)
+    order = np.array([4, 0, 8, 5])
+    some = ModelCounts(model, x[order], Gaussian(0.3), seed=2, index=order, **PLAIN | {"block": block})
+    counted = some.draw([30, 0, 130, 230]) + some.draw([200, 100, 0, 0]) + some.draw([0, 130, 100, 0])
+    np.testing.assert_array_equal(counted, expected[order])
+    assert (ModelCounts(model, x, Gaussian(0.3), seed=3, **PLAIN).draw(230) != expected).any()
+
+
+def test_layout_and_calibration_do_not_change_what_is_counted(tmp_path, monkeypatch):
+    """A calibrated engine says what it chose, keeps what was fixed, remembers it on disk, and counts the same votes."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
+    torch.manual_seed(0)
+    for p in model.parameters():
+        nn.init.normal_(p)
+    x = images(3)
+    expected = ModelCounts(model, x, Gaussian(0.3), **PLAIN).draw(150)
+    chosen = BaseClassifier(model, SHAPE, device="cpu", dtype=torch.float32, compile=False)
+    assert chosen.settings["dtype"] == "float32"
+    assert chosen.settings["block"] in (128, 256, 512)
+    assert chosen.settings["layout"] in ("channels_last", "contiguous")
+    assert BaseClassifier(model, SHAPE, device="cpu", dtype=torch.float32, compile=False).settings == chosen.settings
+    assert len(os.listdir(tmp_path / "randomized-smoothing")) == 1
+    for base in (chosen, BaseClassifier(model, SHAPE, **PLAIN | {"layout": "channels_last"})):
+        np.testing.assert_array_equal(ModelCounts(base, x, Gaussian(0.3)).draw(150), expected)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own, as its compiler is imported
+def test_a_compiled_engine_counts_the_same_votes():
+    """Frozen and compiled: draws still differ from each other (counts are binomial, not all or nothing), and equal the eager ones."""
+    model, x = steps(), images(3)
+    eager = ModelCounts(model, x, Gaussian(0.3), **PLAIN)
+    compiled = ModelCounts(model, x, Gaussian(0.3), **PLAIN | {"compile": True})
+    assert compiled.base.settings["compiled"] is True
+    expected = eager.draw([1000, 1500, 700])
+    np.testing.assert_array_equal(compiled.draw([1000, 1500, 700]), expected)
+    assert ((expected > 0).sum(axis=1) > 1).all()
+
+
+@pytest.mark.parametrize("n", [1, 63, 64, 65, 130])
+def test_padding_is_never_counted(n):
+    """Counts sum to what was asked, though every forward pass is a full block and the padded rows vote too."""
+    source = spied(size=2, block=64)
+    counts = source.draw([n, 2])
+    np.testing.assert_array_equal(counts.sum(axis=1), [n, 2])
+    seen = source.base._voter.model.seen[1:]  # The first is the probe for the number of classes.
+    assert [len(b) for b in seen] == [64] * -(-(n + 2) // 64)
+
+
+def test_asking_nothing_runs_nothing():
+    source = spied(size=3)
+    before = len(source.base._voter.model.seen)
+    np.testing.assert_array_equal(source.draw(0), np.zeros((3, 2)))
+    np.testing.assert_array_equal(source.draw([0, 5, 0]).sum(axis=1), [0, 5, 0])
+    assert len(source.base._voter.model.seen) == before + 1
+
+
+def test_draws_go_on_where_they_stopped():
+    """Two calls never count the same noise twice: their sum has the variance of one long run's votes, and is exactly that run's."""
+    model, x = steps(), images(4)
+    once = ModelCounts(model, x, Gaussian(0.3), **PLAIN).draw(500)
+    source = ModelCounts(model, x, Gaussian(0.3), **PLAIN)
+    first, second = source.draw(250), source.draw(250)
+    np.testing.assert_array_equal(first + second, once)
+    assert (first != second).any()
+
+
+def test_votes_of_many_examples_are_binomial_together():
+    """One image 1,500 times under different indices: the spread of the counts over examples is the binomial one (independent noise)."""
+    model = steps()
+    x = images(1).expand(1500, *SHAPE).contiguous()
+    counts = ModelCounts(model, x, Gaussian(0.3), **PLAIN | {"block": 512}).draw(40)[:, 1]
+    p = model.probabilities(x[:1], 0.3)[0, 1]
+    edges = np.unique(binom.ppf(np.linspace(0, 1, 11)[1:-1], 40, p))
+    law = np.diff(np.concatenate([[0], binom.cdf(edges, 40, p), [1]]))
+    seen = np.bincount(np.searchsorted(edges, counts), minlength=len(law))
+    assert chisquare(seen, 1500 * law).pvalue > 1e-4
+
+
+# ------------------------------------------------------------------ the network given
+
+
+def test_the_model_is_copied_and_put_in_eval_mode():
+    """Dropout and batch statistics must not act while voting, and the caller's network stays as it was."""
+    model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(16, 3)).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    source = ModelCounts(model, images(2), Gaussian(0.001), **PLAIN)
+    with torch.no_grad():
+        model[2].weight.zero_()
+    assert model.training
+    counts = source.draw(50)
+    with torch.no_grad():
+        logits = images(2).flatten(1) @ before["2.weight"].T + before["2.bias"]
+    np.testing.assert_array_equal(counts.argmax(axis=1), logits.argmax(dim=1))
+    assert counts.max(axis=1).min() > 40
+
+
+def test_a_single_non_finite_logit_is_found():
+    """One row in 3,000 whose logit overflows is refused, and named; nothing is counted as class 0."""
+
+    class Rare(nn.Module):
+        def forward(self, x):
+            first = x.flatten(1)[:, 0]
+            return torch.stack([torch.where(first > 0.5 + 0.5 * 3.2, torch.nan, first), -first], dim=1)
+
+    source = ModelCounts(Rare(), torch.full((4, *SHAPE), 0.5), Gaussian(0.5), **PLAIN)
+    with pytest.raises(ValueError, match=r"non-finite logits .* on \d of 3000 noisy copies of example \d"):
+        source.draw(3000)
+
+
+def test_images_outside_the_range_on_request():
+    """A perturbed image may leave [0, 1]: with bounded=False its votes follow the closed form as well."""
+    model, x = steps(), images(2) + 1.5
+    counts = ModelCounts(model, x, Gaussian(1.0), bounded=False, **PLAIN).draw(5000)
+    for c, p in zip(counts, model.probabilities(x, 1.0), strict=True):
+        assert chisquare(c, 5000 * p).pvalue > 1e-4
