@@ -6,7 +6,6 @@ decides how many there are, and a wrong number of draws costs radius or time, ne
 
 import dataclasses
 import json
-from pathlib import Path
 
 import numpy as np
 from scipy.special import betainc
@@ -16,6 +15,7 @@ from lib import noise as distributions
 from lib.bounds import clopper_pearson_lower, clopper_pearson_upper
 from lib.certify import Certificates
 from lib.checks import check_draws, check_labels, check_level, check_probability
+from lib.files import read_bytes, write_atomically
 
 KINDS = ("absolute", "relative")
 
@@ -79,17 +79,17 @@ class SampleSizeMap:
         return np.maximum(self.psi(p_low), self.psi(p_up))
 
     def save(self, path):
-        """Writes the map to `path` as JSON."""
+        """Write the map to `path` as JSON, whole or not at all."""
         described = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         described["noise"] = {"distribution": type(self.noise).__name__, **dataclasses.asdict(self.noise)}
         described |= {"grid": self.grid.tolist(), "sizes": self.sizes.tolist()}
-        Path(path).write_text(json.dumps(described) + "\n")
+        write_atomically(path, (json.dumps(described) + "\n").encode())
 
     @classmethod
     def load(cls, path):
         """The map that `save` wrote. Raises ValueError where the file holds something else."""
         try:
-            described = json.loads(Path(path).read_text())
+            described = json.loads(read_bytes(path, "make the map with sample_size_map and save it"))
             noise = described["noise"]
             described["noise"] = getattr(distributions, noise.pop("distribution"))(**noise)
             described |= {"grid": np.array(described["grid"], dtype=np.float64), "sizes": np.array(described["sizes"], dtype=np.int64)}
