@@ -90,7 +90,8 @@ def _checked(name, images, labels, source):
     info = INFO[name]
     if images.shape[1:] != info.shape or labels.shape != (len(images),) or not len(labels) or labels.max() >= info.classes:
         raise ValueError(f"{source} is not {name}: images {images.shape} and labels {labels.shape}, instead of [N, {info.shape}] and [N]")
-    images = torch.from_numpy(np.ascontiguousarray(images))
+    # Bytes of a file are read-only to numpy: torch needs a copy of its own.
+    images = torch.from_numpy(np.array(images, order="C"))
     images = images if images.dtype == torch.float32 else images.float().div_(255)
     return images, torch.from_numpy(labels.astype(np.int64))
 

@@ -108,6 +108,9 @@ def read_log(path):
     for number, row in enumerate(rows, start=2):
         if len(row) != len(names):
             raise ValueError(f"{path}, line {number}: {len(row)} cells instead of {len(names)}; the line is torn: delete it, or certify again")
+    if "n" in names and not text.endswith("\n"):
+        # Half a number of draws looks like a whole one. Without this column a torn line lacks cells, or loses part of its time.
+        raise ValueError(f"{path}, line {len(lines)}: the last line has no line end; the line is torn: delete it, or certify again")
     table = pd.DataFrame(rows, columns=names)
     try:
         table = table.astype({"idx": int, "label": int, "predict": int, "radius": float, "correct": int})

@@ -1,0 +1,113 @@
+"""The networks: normalisation inside, sizes as published, and checkpoints that come back as they went."""
+
+import pytest
+import torch
+
+from lib.checkpoints import load_checkpoint, model_hash, save_checkpoint
+from lib.data import INFO
+from lib.models import ARCHITECTURES, Normalize, build
+
+HEADER = {"architecture": "small_cnn", "data": "digits", "sigma": 0.5, "seed": 3}
+
+
+def digits_cnn(seed=0):
+    torch.manual_seed(seed)
+    return build("small_cnn", "digits").eval()
+
+
+def test_normalize_by_hand():
+    """(x - mean) / std, channel by channel."""
+    x = torch.stack([torch.full((2, 2), 0.5), torch.full((2, 2), 1.0)])[None]
+    out = Normalize((0.25, 0.5), (0.5, 0.1))(x)
+    torch.testing.assert_close(out, torch.stack([torch.full((2, 2), 0.5), torch.full((2, 2), 5.0)])[None])
+
+
+@pytest.mark.parametrize(
+    ("architecture", "data", "parameters"),
+    [
+        ("mlp", "digits", 64 * 64 + 64 + 64 * 10 + 10),
+        ("small_cnn", "digits", 8 * 9 + 8 + 16 * 8 * 9 + 16 + 256 * 10 + 10),
+        ("small_cnn", "mnist", 8 * 9 + 8 + 16 * 8 * 9 + 16 + 16 * 14 * 14 * 10 + 10),
+        ("cifar_resnet20", "cifar10", 272_474),
+        ("cifar_resnet110", "cifar10", 1_730_714),
+    ],
+)
+def test_sizes(architecture, data, parameters):
+    """Counted by hand where layers are few; the ResNets have as many parameters as the field's published checkpoints."""
+    model = build(architecture, data).eval()
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    if architecture != "cifar_resnet110":
+        with torch.no_grad():
+            assert model(torch.rand(3, *INFO[data].shape)).shape == (3, 10)
+
+
+def test_normalisation_is_the_first_layer():
+    """So that noise is added to images in [0, 1]: the network sees (x - mean) / std with the data set's constants."""
+    model, x = digits_cnn(), torch.rand(2, 1, 8, 8)
+    assert isinstance(model[0], Normalize)
+    torch.testing.assert_close(model(x), model[1]((x - INFO["digits"].mean[0]) / INFO["digits"].std[0]))
+    assert {"0.mean", "0.std"} <= set(model.state_dict())
+
+
+def test_the_resnets_shortcut_keeps_the_shape_of_each_stage():
+    """16, 32 and 64 channels at full, half and quarter size."""
+    network, shapes = build("cifar_resnet20", "cifar10").eval()[1], []
+    for stage in (network.layer1, network.layer2, network.layer3):
+        stage.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
+    with torch.no_grad():
+        network(torch.rand(1, 3, 32, 32))
+    assert shapes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
+
+
+def test_a_checkpoint_in_full_precision_is_the_same_network(tmp_path):
+    model = digits_cnn()
+    save_checkpoint(tmp_path / "m.safetensors", model, HEADER, half=False)
+    loaded, header = load_checkpoint(tmp_path / "m.safetensors")
+    assert model_hash(loaded) == model_hash(model)
+    assert {k: header[k] for k in HEADER} == HEADER
+    assert not loaded.training
+    x = torch.rand(4, 1, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(loaded(x), model(x))
+
+
+def test_a_checkpoint_in_half_precision_is_the_rounded_network(tmp_path):
+    model = digits_cnn()
+    save_checkpoint(tmp_path / "m.safetensors", model, HEADER)
+    loaded, _ = load_checkpoint(tmp_path / "m.safetensors")
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor.half().float())
+    # Saved again it is the same file: what is rounded once stays.
+    save_checkpoint(tmp_path / "again.safetensors", loaded, HEADER)
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
+
+
+def test_the_hash_tells_networks_apart():
+    model, changed, other = digits_cnn(), digits_cnn(), digits_cnn(seed=1)
+    assert model_hash(model) == model_hash(changed) != model_hash(other)
+    with torch.no_grad():
+        changed[1][0].bias[3] = torch.nextafter(changed[1][0].bias[3], torch.tensor(1.0))
+    assert model_hash(changed) != model_hash(model)
+
+
+def test_a_damaged_or_missing_checkpoint_is_refused(tmp_path):
+    path = tmp_path / "m.safetensors"
+    save_checkpoint(path, digits_cnn(), HEADER)
+    whole = path.read_bytes()
+    for damaged in (b"", b"not a network", whole[:-1], whole[: len(whole) // 2], whole[8:], whole + b"0"):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"m\.safetensors is damaged or no checkpoint"):
+            load_checkpoint(path)
+    with pytest.raises(FileNotFoundError, match=r"none\.safetensors does not exist"):
+        load_checkpoint(tmp_path / "none.safetensors")
+
+
+def test_a_checkpoint_of_another_network_is_refused(tmp_path):
+    """A header that names another architecture: missing and misshapen weights are listed."""
+    save_checkpoint(tmp_path / "m.safetensors", digits_cnn(), HEADER | {"architecture": "mlp"})
+    with pytest.raises(ValueError, match="does not fit its architecture"):
+        load_checkpoint(tmp_path / "m.safetensors")
+
+
+def test_every_architecture_has_a_name_that_build_knows():
+    assert {"mlp", "small_cnn", "cifar_resnet20", "cifar_resnet110", "resnet18", "resnet50"} <= set(ARCHITECTURES)

@@ -1,0 +1,151 @@
+"""Training: the loss by hand, the schedule, augmentation pixel by pixel, reproducible and resumable runs that learn."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+
+from lib.checkpoints import model_hash
+from lib.data import load
+from lib.losses import GaussianLoss
+from lib.models import build
+from lib.noise import Gaussian
+from lib.train import crop_and_flip, fit, one_cycle
+
+NOISE = Gaussian(0.25)
+
+
+def network(architecture="mlp", seed=0):
+    torch.manual_seed(seed)
+    return build(architecture, "digits")
+
+
+@pytest.fixture(scope="module")
+def digits():
+    x, y = load("digits", "train")
+    return x[:320], y[:320]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Sums over several threads may be added in another order from run to run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------ the loss
+
+
+def test_gaussian_loss_by_hand():
+    """The mean of -log softmax at the label, on the same noisy copies; smoothing mixes in the mean over classes."""
+    model, x, y = network().eval(), torch.rand(5, 1, 8, 8), torch.tensor([0, 3, 9, 1, 1])
+    noisy = NOISE.sample(x, torch.Generator().manual_seed(4))
+    with torch.no_grad():
+        log_p = torch.log_softmax(model(noisy), dim=1)
+        plain = -log_p[torch.arange(5), y].mean()
+        for smoothing, expected in ((0.0, plain), (0.1, 0.9 * plain - 0.1 * log_p.mean())):
+            found = GaussianLoss(smoothing)(model, x, y, NOISE, torch.Generator().manual_seed(4))
+            torch.testing.assert_close(found, expected)
+
+
+def test_gaussian_loss_draws_fresh_noise():
+    model, x, y = network().eval(), torch.rand(5, 1, 8, 8), torch.zeros(5, dtype=torch.int64)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        assert GaussianLoss()(model, x, y, NOISE, generator) != GaussianLoss()(model, x, y, NOISE, generator)
+
+
+# ------------------------------------------------------------------ schedule and augmentation
+
+
+def test_one_cycle_rises_and_falls():
+    """Up to the peak over the first fifth, down to 0 at the end, symmetric about the steps' middles; never above the peak."""
+    rates = np.array([one_cycle(step, 100, 0.4) for step in range(100)])
+    assert (np.diff(rates[:20]) > 0).all()
+    assert (np.diff(rates[20:]) < 0).all()
+    assert rates.max() <= 0.4
+    assert rates[0] == pytest.approx(0.4 * 0.005 / 0.2)
+    assert rates[-1] == pytest.approx(0.4 * 0.005 / 0.8)
+    assert rates[9] + rates[10] == pytest.approx(0.4)
+
+
+def test_crop_and_flip_gives_a_window_of_the_reflected_image():
+    """Each output is one of the 81 windows of the image reflected by 4 pixels, mirrored or not; every offset and both kinds occur."""
+    x = torch.rand(1, 2, 14, 14, generator=torch.Generator().manual_seed(0))
+    padded = np.pad(x[0].numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
+    windows = {}
+    for top in range(9):
+        for left in range(9):
+            window = padded[:, top : top + 14, left : left + 14]
+            windows[window.tobytes()] = (top, left, False)
+            windows[window[:, :, ::-1].tobytes()] = (top, left, True)
+    assert len(windows) == 162
+    out = crop_and_flip(x.expand(3000, -1, -1, -1), torch.Generator().manual_seed(1))
+    assert {windows[image.tobytes()] for image in out.contiguous().numpy()} == set(windows.values())
+
+
+# ------------------------------------------------------------------ the loop
+
+
+def test_training_learns_and_says_how(digits):
+    model = network()
+    history = fit(model, *digits, GaussianLoss(), Gaussian(0.1), epochs=12, lr=0.1, batch=32, progress=False)
+    assert [h["epoch"] for h in history] == list(range(1, 13))
+    assert history[-1]["loss"] < 0.3 * history[0]["loss"]
+    assert not model.training
+    x, y = load("digits", "test")
+    with torch.no_grad():
+        assert (model(x).argmax(dim=1) == y).float().mean() > 0.85
+
+
+def test_training_twice_gives_the_same_weights_and_another_seed_others(digits):
+    models = [network() for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        # The global generator must not matter.
+        torch.manual_seed(np.random.SeedSequence().entropy % 2**32)
+        fit(model, *digits, GaussianLoss(), NOISE, epochs=2, seed=seed, progress=False)
+    first, again, other = map(model_hash, models)
+    assert first == again != other
+
+
+@pytest.mark.parametrize("average", [None, 0.9])
+def test_a_resumed_training_ends_in_the_same_weights(digits, tmp_path, average):
+    """Stopped after the second epoch of four, as by a kill, and started again from its state file."""
+    settings = {"epochs": 4, "batch": 32, "average": average, "augment": True, "progress": False}
+    whole, stopped, resumed = network(), network(), network(seed=7)
+    expected = fit(whole, *digits, GaussianLoss(), NOISE, **settings)
+
+    def stop(model, history):
+        if len(history) == 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(stopped, *digits, GaussianLoss(), NOISE, state=tmp_path / "state", after_epoch=stop, **settings)
+    found = fit(resumed, *digits, GaussianLoss(), NOISE, state=tmp_path / "state", **settings)
+    assert found == expected
+    assert model_hash(resumed) == model_hash(whole)
+
+
+def test_averaged_weights_are_the_moving_average(digits):
+    """One step an epoch: the mean after each step, recomputed from the weights that plain training of the same seed passes through."""
+    x, y = digits[0][:32], digits[1][:32]
+    path, model, plain = [], network(), network()
+    expected = copy.deepcopy(plain)
+    fit(plain, x, y, GaussianLoss(), NOISE, epochs=15, batch=32, progress=False, after_epoch=lambda m, h: path.append(copy.deepcopy(m.state_dict())))
+    fit(model, x, y, GaussianLoss(), NOISE, epochs=15, batch=32, average=0.5, progress=False)
+    mean = {k: v.clone() for k, v in expected.state_dict().items()}
+    for step, weights in enumerate(path):
+        decay = min(0.5, (1 + step) / (10 + step))
+        mean = {k: decay * mean[k] + (1 - decay) * weights[k] for k in mean}
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(tensor, mean[name], rtol=1e-5, atol=1e-6)
+
+
+def test_training_in_bfloat16_learns_too(digits):
+    model = network("small_cnn")
+    history = fit(model, *digits, GaussianLoss(), Gaussian(0.1), epochs=8, lr=0.1, dtype=torch.bfloat16, progress=False)
+    assert history[-1]["loss"] < 0.5 * history[0]["loss"]
+    assert {p.dtype for p in model.parameters()} == {torch.float32}
