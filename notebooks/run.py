@@ -18,6 +18,8 @@ from papermill.exceptions import PapermillExecutionError
 ROOT = pathlib.Path(__file__).parent.parent
 # Waiting threads sleep instead of spinning: on a busy machine live counting is then up to 15 times faster, on an idle one no slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+# The matrix products of notebooks are small: threads of numpy's BLAS would only wait for each other.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
 def execute(name, profile):
