@@ -101,6 +101,26 @@ def test_training_learns_and_says_how(digits):
         assert (model(x).argmax(dim=1) == y).float().mean() > 0.85
 
 
+def test_each_epoch_sees_every_image_once_in_an_order_of_its_own(digits):
+    """A loss that notes what it is given: 320 images, 10 batches, no image twice an epoch; fresh noise each time."""
+    seen, draws = [], []
+
+    def spy(model, x, y, noise, generator):
+        seen.append(x.reshape(len(x), -1).numpy().copy())
+        draws.append(torch.randn(4, generator=generator).numpy())
+        return GaussianLoss()(model, x, y, noise, generator)
+
+    fit(network(), *digits, spy, NOISE, epochs=3, batch=32, progress=False)
+    epochs = np.concatenate(seen).reshape(3, 320, 64)
+    expected = np.unique(digits[0].reshape(320, 64).numpy(), axis=0, return_counts=True)
+    for epoch in epochs:
+        for found, wanted in zip(np.unique(epoch, axis=0, return_counts=True), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    assert (epochs[0] != epochs[1]).any()
+    assert (epochs[1] != epochs[2]).any()
+    assert len(np.unique(draws, axis=0)) == 30
+
+
 def test_training_twice_gives_the_same_weights_and_another_seed_others(digits):
     models = [network() for _ in range(3)]
     for model, seed in zip(models, (1, 1, 2), strict=True):
