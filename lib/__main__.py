@@ -3,12 +3,12 @@
 import enum
 import functools
 import json
+import logging
 import pathlib
 import sys
 import time
 from typing import Annotated
 
-import click
 import numpy as np
 import torch
 import typer
@@ -60,6 +60,8 @@ Layout = enum.StrEnum("Layout", ["channels_last", "contiguous"])
 Kind = enum.StrEnum("Kind", ["absolute", "relative"])
 Draws = enum.StrEnum("Draws", ["fresh", "reused"])
 
+_options = {"debug": False}  # of the whole program
+
 DataPath = Annotated[pathlib.Path | None, typer.Option("--data-path", help="Read the data set from this file or folder (see lib.data.load).")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table, for scripts.")]
 
@@ -75,7 +77,9 @@ def _main(
     version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error (before the command: --debug certify ...).")] = False,
 ):
-    pass
+    _options["debug"] = debug
+    logging.basicConfig(format="%(message)s")
+    logging.getLogger("lib").setLevel(logging.INFO)
 
 
 def command(function):
@@ -86,7 +90,7 @@ def command(function):
         try:
             return function(*args, **kwargs)
         except (ValueError, OSError) as error:
-            if click.get_current_context().find_root().params["debug"]:
+            if _options["debug"]:
                 raise
             me, processes = rank()
             print(f"error{f' (rank {me})' if processes > 1 else ''}: {error}", file=sys.stderr)
@@ -295,10 +299,14 @@ def report(
     _print_report(table, as_json, "csv" if csv else "latex" if latex else "markdown" if markdown else None)
 
 
+def _rows(table):
+    """The rows of a table as dicts for JSON, None where a log does not say."""
+    return table.astype(object).where(table.notna(), None).reset_index().to_dict("records")
+
+
 def _print_report(table, as_json, style=None):
     if as_json:
-        rows = table.astype(object).where(table.notna(), None).reset_index().to_dict("records")
-        print(json.dumps(rows))
+        print(json.dumps(_rows(table)))
     elif style:
         print(as_text(table, style), end="")
     else:
@@ -323,7 +331,7 @@ def info(
     """Say what a checkpoint, a record or a log holds."""
     start = read_bytes(path, "give the path of a checkpoint, a record or a log")[:4]
     if start == b"idx\t":
-        found = {"kind": "log"} | summarize([path]).iloc[0].replace({np.nan: None}).to_dict()
+        found = {"kind": "log"} | _rows(summarize([path]))[0]
     elif path.suffix == ".npz":
         record = load_counts(path)
         found = {"kind": "record", "examples": len(record.index), "classes": record.counts.shape[1]} | record.header

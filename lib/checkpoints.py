@@ -4,6 +4,7 @@ import io
 import json
 import pickle
 import re
+import warnings
 
 import safetensors.torch
 import torch
@@ -52,7 +53,7 @@ def load_checkpoint(path, architecture=None, data=None):
     Raises FileNotFoundError, or ValueError on a damaged file, an unknown architecture, and missing, unexpected or misshapen weights, listed.
     """
     content = read_bytes(path, "name a checkpoint, or train one (make models; python -m lib train)")
-    if content[:2] == b"PK" or content[:1] == b"\x80":
+    if content[8:9] != b"{" and content[:1] in (b"P", b"\x80"):  # zip or pickle; safetensors begins with 8 bytes of length and a JSON dict
         return _published(path, content, architecture, data)
     try:
         state = safetensors.torch.load(content)
@@ -72,10 +73,13 @@ def load_checkpoint(path, architecture=None, data=None):
 
 def _published(path, content, architecture, data):
     try:
-        file = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch, about pickles that it then refuses
+            file = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is damaged, or holds more than tensors and numbers, which could run any code and is not read: {reason}") from error
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f" ({asked[1]})" if asked else ""
+        raise ValueError(f"{path} is damaged, or holds more than tensors and numbers{reason}, which could run any code and is not read") from error
     kind, state = _state(path, file)
     architecture = architecture or (file.get("arch") if kind == "state_dict" else None)
     if architecture not in ARCHITECTURES:

@@ -15,6 +15,7 @@ import contextlib
 import dataclasses
 import datetime
 import json
+import logging
 import os
 import pathlib
 import re
@@ -34,6 +35,7 @@ try:
 except ImportError:  # Windows has no such lock; there two runs of one log are not told apart
     fcntl = None
 
+messages = logging.getLogger("lib")
 HEADER = "\t".join([*LOG_COLUMNS, "n"]) + "\n"
 BLOCKS = 20  # full blocks a group of examples should fill, so that the padding of its last one is lost in the rest
 
@@ -209,6 +211,8 @@ def _work(job, state, log, mine, progress):
         job.model, _shape(job), device=_device(job, engine), dtype=getattr(torch, engine["dtype"]), block=engine["block"],
         layout=engine["layout"], compile=engine["compiled"],
     )  # fmt: skip
+    if rank()[0] == 0:
+        messages.info("counting with %s", ", ".join(f"{name} {value}" for name, value in engine.items()))
     if base.settings != engine:
         raise ValueError(f"{job.out} was made with {difference(engine, base.settings)}: run it on the machine type and versions it was begun with")
     size = 1 if job.draws >= BLOCKS * base.block else -(-BLOCKS * base.block // job.draws)
