@@ -112,5 +112,5 @@ def certified_accuracy_lower(y, m, alpha, rho):
 def _check_examples(y, m):
     y, m = np.asarray(y, dtype=np.float64), np.asarray(m, dtype=np.float64)
     if not ((m >= 1) & (y >= 0) & (y <= m)).all():
-        raise ValueError("y must be the number of correctly certified examples among m: 0 <= y <= m, m >= 1")
+        raise ValueError(f"y must be the number of correctly certified examples among m: 0 <= y <= m, m >= 1; got y = {y}, m = {m}")
     return y, m

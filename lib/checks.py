@@ -24,6 +24,12 @@ def check_draws(**draws):
             raise ValueError(f"{name} must be at least 1 draw; got {value!r}")
 
 
+def check_seed(seed):
+    """The seed of a random stream: a whole number >= 0."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
+        raise ValueError(f"seed must be a whole number >= 0; got {seed!r}")
+
+
 def check_sigma(sigma, name="sigma"):
     """A noise level: finite and > 0, a scalar or one value per example. Returned as float or float64 array [B]."""
     try:

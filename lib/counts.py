@@ -6,6 +6,8 @@ Every source holds B examples and answers `draw(n)` with int64 class counts [B, 
 
 import numpy as np
 
+from lib.checks import check_labels, check_seed
+
 
 def check_request(n, size):
     """The draws asked of each example: int64 [B], >= 0."""
@@ -31,13 +33,13 @@ class RecordedCounts:
     def __init__(self, counts, seed=0, index=None):
         counts = np.array(counts)
         if counts.ndim != 2 or counts.dtype.kind not in "iu" or counts.size == 0 or counts.min() < 0:
-            raise ValueError(f"counts must be whole numbers >= 0 of shape [B, C]; got shape {counts.shape} of {counts.dtype}")
+            least = f" with {counts.min()} the least" if counts.size else ""
+            raise ValueError(f"counts must be whole numbers >= 0 of shape [B, C]; got shape {counts.shape} of {counts.dtype}{least}")
         self.remaining = counts.astype(np.int64)
         self.classes = counts.shape[1]
-        index = range(len(counts)) if index is None else index
+        check_seed(seed)
+        index = np.arange(len(counts)) if index is None else check_labels(index, len(counts), "index")
         self._generators = [np.random.default_rng([seed, int(i)]) for i in index]
-        if len(self._generators) != len(counts):
-            raise ValueError(f"index must name {len(counts)} examples, one for each row of counts; got {len(self._generators)}")
 
     def __len__(self):
         return len(self.remaining)
@@ -68,7 +70,8 @@ class SimulatedCounts:
     def __init__(self, probabilities, seed=0):
         p = np.asarray(probabilities, dtype=np.float64)
         if p.ndim != 2 or p.size == 0 or not (p >= 0).all() or not np.allclose(p.sum(axis=1), 1, atol=1e-9):
-            raise ValueError(f"probabilities must have shape [B, C], be >= 0 and sum to 1 in each row; got shape {p.shape}")
+            got = f", least {p.min()}, sums from {p.sum(axis=-1).min()} to {p.sum(axis=-1).max()}" if p.size else ""
+            raise ValueError(f"probabilities must have shape [B, C], be >= 0 and sum to 1 in each row; got shape {p.shape}{got}")
         self.probabilities = p / p.sum(axis=1, keepdims=True)
         self.classes = p.shape[1]
         self._generator = np.random.default_rng(seed)

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lib.calibration import calibrated
-from lib.checks import check_draws, check_images
+from lib.checks import check_draws, check_images, check_seed
 from lib.counts import check_request
 
 CHUNK = 100  # draws that share one random stream: part of the definition of the noise, so never a setting
@@ -184,8 +184,7 @@ class ModelCounts:
         self.index = np.arange(len(x)) if index is None else np.asarray(index)
         if self.index.shape != (len(x),) or self.index.dtype.kind not in "iu" or self.index.min() < 0:
             raise ValueError(f"index must be {len(x)} whole numbers >= 0, one per example; got {index!r}")
-        if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-            raise ValueError(f"seed must be a whole number >= 0; got {seed!r}")
+        check_seed(seed)
         if np.ndim(noise.sigma) == 1 and len(noise.sigma) != len(x):
             raise ValueError(f"noise: sigma must be one value, or {len(x)}, one per example of x; got {len(noise.sigma)}")
         self.classes = self.base.classes
