@@ -48,7 +48,7 @@ def plane_probabilities(labels, edges, x1, x2, sigma):
         raise ValueError(f"labels must be classes >= 0 of the {len(edges) + 1} x {len(edges) + 1} cells; got {labels.shape} of {labels.dtype}")
     lines = np.concatenate([[-np.inf], edges, [np.inf]])
     mass = [np.diff(ndtr((lines - np.asarray(x)[:, None]) / check_sigma(sigma)), axis=1) for x in (x1, x2)]
-    return np.stack([mass[0] @ (labels == c) @ mass[1].T for c in range(labels.max() + 1)])
+    return np.stack([mass[0] @ (labels == c).astype(np.float64) @ mass[1].T for c in range(labels.max() + 1)])
 
 
 class LinearClassifier(nn.Module):
