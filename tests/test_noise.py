@@ -180,8 +180,7 @@ def test_suprema_against_scipys_optimiser(bound, radius):
         around = scan[max(i - 1, 0)], scan[min(i + 1, 199)]
         found = minimize_scalar(lambda t, a=p_a, b=p_b: -float(bound(a, b, t, 1.0)), bounds=around, method="bounded", options={"xatol": 1e-14})
         best = max(-found.fun, values.max())
-        # At close pairs the best order is 0, which the scan only comes near: there ours may be the larger, by the scan's last 2e-5.
-        assert best * (1 - 1e-6) <= radius(p_a, p_b, 1.0) <= best * (1 + 3e-5)
+        assert radius(p_a, p_b, 1.0) == pytest.approx(best, rel=1e-8)
 
 
 def test_li_of_close_probabilities_by_its_limit():
