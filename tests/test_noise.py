@@ -180,7 +180,8 @@ def test_suprema_against_scipys_optimiser(bound, radius):
         around = scan[max(i - 1, 0)], scan[min(i + 1, 199)]
         found = minimize_scalar(lambda t, a=p_a, b=p_b: -float(bound(a, b, t, 1.0)), bounds=around, method="bounded", options={"xatol": 1e-14})
         best = max(-found.fun, values.max())
-        assert radius(p_a, p_b, 1.0) == pytest.approx(best, rel=1e-8)
+        # A double holds 1 - p_a to 1e-16: at p_a = 1 - 1e-12 that alone moves the logarithm in Li's bound by a few parts in 1e6.
+        assert radius(p_a, p_b, 1.0) == pytest.approx(best, rel=1e-6)
 
 
 def test_li_of_close_probabilities_by_its_limit():
