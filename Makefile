@@ -50,7 +50,7 @@ paper: ## every notebook at the papers' settings (a GPU; computes what is not re
 	@$(MAKE) --no-print-directory PROFILE=paper figures
 
 test: lint ## lint and the whole test suite
-	$(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
 
 lint: $(READY) ## ruff on modules and notebooks, and no outputs in the notebooks
 	$(BIN)/ruff check .
@@ -72,7 +72,7 @@ cifar10: $(READY) ## CIFAR-10: train, select, record; make cifar10 DATA=<npz, fo
 	$(BIN)/python -m lib.zoo cifar10 $(DATA)
 
 bench: $(READY) ## the benchmarks: speed and cost, as ratios (an idle machine)
-	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+	for name in $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 lab: $(READY) ## open JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=notebooks
