@@ -174,8 +174,8 @@ def certify(
         **options, "seed": seed,
     }  # fmt: skip
     engine = {
-        "device": device, "dtype": None if dtype == "auto" else getattr(torch, dtype), "block": block, "layout": layout and str(layout),
-        "compile": "auto" if compile is None else compile, "calibrate": calibrate,
+        "device": device and _device(device), "dtype": None if dtype == "auto" else getattr(torch, dtype), "block": block,
+        "layout": layout and str(layout), "compile": "auto" if compile is None else compile, "calibrate": calibrate,
     }  # fmt: skip
     job = Job(network, model, images, labels.numpy(), index, maker(noise, n0, n, alpha, **options), noise, seed, n0 + n, out, settings, engine)
     begin = time.perf_counter()
@@ -262,7 +262,13 @@ def _beside(path, suffix):
 
 
 def _device(device):
-    return device or ("cuda" if torch.cuda.is_available() else "cpu")
+    """The device asked for, if it is there; default a GPU where there is one."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be one that is here, such as cpu, cuda or cuda:1; got {device!r}") from error
+    return device
 
 
 @torch.no_grad()

@@ -105,10 +105,11 @@ def _fetch(name, file, folder):
     """The path of a file of DOWNLOADS in `folder`, downloaded where it is missing or its checksum is off."""
     base, checksum = DOWNLOADS[name, file]
     try:
-        return pathlib.Path(pooch.retrieve(base + file, checksum, fname=file, path=folder))
+        return pathlib.Path(pooch.retrieve(base + file, checksum, fname=file, path=folder, progressbar=True))
     except (OSError, ValueError) as error:
+        why = "what came has another checksum" if type(error) is ValueError else type(error).__name__
         raise FileNotFoundError(
-            f"{folder / file} is missing or damaged, and could not be downloaded from {base + file} ({type(error).__name__}): "
+            f"{folder / file} is missing or damaged, and could not be downloaded from {base + file} ({why}): "
             f"fetch it by hand and put it into {folder}, or set SMOOTHING_DATA to the folder that holds {name}/{file}"
         ) from error
 

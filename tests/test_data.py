@@ -1,14 +1,20 @@
 """Data sets as tensors in [0, 1]: the digits that ship with scikit-learn, and the files that the others come in, made here by hand."""
 
 import gzip
+import hashlib
+import http.server
+import pickle
 import tarfile
+import threading
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from sklearn.datasets import load_digits
 
-from lib.data import INFO, content_hash, load
+from lib import data
+from lib.data import IDX, INFO, content_hash, load
 
 RNG = np.random.default_rng(0)
 
@@ -127,3 +133,136 @@ def test_data_that_is_not_there_says_where_it_belongs(tmp_path):
         load("imagenet", "test", root=tmp_path)
     with pytest.raises(ValueError, match="path: digits ship inside scikit-learn"):
         load("digits", "test", path=tmp_path)
+
+
+def pickled(folder, images, labels, name="test_batch"):
+    """A batch of the Python version of CIFAR-10, as Python 2 wrote it: protocol 2, byte strings for names."""
+    folder.mkdir(exist_ok=True)
+    batch = {b"data": images.reshape(len(images), -1), b"labels": labels.tolist(), b"batch_label": b"testing batch 1 of 1"}
+    # Python 3 writes the bytes b"data" as a call of _codecs.encode; Python 2 wrote a plain string, which latin1 turns into str.
+    text = pickle.dumps({key.decode(): value for key, value in batch.items()}, protocol=2)
+    (folder / name).write_bytes(text)
+
+
+def test_cifar10_from_the_python_batches(tmp_path):
+    images, labels = RNG.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8), np.array([9, 0, 3, 3], dtype=np.uint8)
+    pickled(tmp_path / "cifar-10-batches-py", images, labels)
+    for batch in range(1, 6):
+        pickled(tmp_path / "cifar-10-batches-py", images // batch, labels, f"data_batch_{batch}")
+    found, targets = load("cifar10", "test", path=tmp_path / "cifar-10-batches-py")
+    np.testing.assert_array_equal(found.numpy(), images / np.float32(255))
+    assert targets.tolist() == [9, 0, 3, 3]
+    found, targets = load("cifar10", "train", path=tmp_path / "cifar-10-batches-py")
+    np.testing.assert_array_equal(found.numpy(), np.concatenate([images // b for b in range(1, 6)]) / np.float32(255))
+    assert targets.tolist() == 5 * [9, 0, 3, 3]
+
+
+class Exploit:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('code in the file was run')",))
+
+
+def test_a_batch_that_would_run_code_is_refused(tmp_path):
+    (tmp_path / "test_batch").write_bytes(pickle.dumps({"data": Exploit(), "labels": [0]}, protocol=2))
+    with pytest.raises(ValueError, match=r"test_batch is damaged or no batch of CIFAR-10: .*exec is neither an array nor a number"):
+        load("cifar10", "test", path=tmp_path)
+
+
+# ------------------------------------------------------------------ downloads
+
+
+@pytest.fixture
+def server(tmp_path):
+    """A folder and the address at which it is served."""
+    folder = tmp_path / "served"
+    folder.mkdir()
+
+    class Quiet(http.server.SimpleHTTPRequestHandler):
+        def __init__(self, *args):
+            super().__init__(*args, directory=folder)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Quiet) as web:
+        thread = threading.Thread(target=web.serve_forever)
+        thread.start()
+        yield folder, f"http://127.0.0.1:{web.server_port}/"
+        web.shutdown()
+        thread.join()
+
+
+def published(monkeypatch, folder, address, name="mnist"):
+    """Make lib.data take the files of a data set from `address`, with the checksums of those in `folder`."""
+    for file in IDX["test"]:
+        checksum = hashlib.md5((folder / file).read_bytes()).hexdigest()
+        monkeypatch.setitem(data.DOWNLOADS, (name, file), (address, f"md5:{checksum}"))
+
+
+def test_a_download_is_checked_and_kept(server, tmp_path, monkeypatch):
+    folder, address = server
+    images, labels = RNG.integers(0, 256, (5, 28, 28), dtype=np.uint8), np.array([3, 0, 9, 9, 1], dtype=np.uint8)
+    write_mnist(folder, images, labels)
+    published(monkeypatch, folder, address)
+    monkeypatch.setenv("SMOOTHING_DATA", str(tmp_path / "kept"))
+    found, targets = load("mnist", "test")
+    np.testing.assert_array_equal(found.numpy(), (images / np.float32(255))[:, None])
+    assert targets.tolist() == labels.tolist()
+    for file in folder.iterdir():
+        file.unlink()
+    assert torch.equal(load("mnist", "test")[0], found)  # from the disk: the server has nothing any more
+
+
+def test_offline_or_with_another_checksum_it_says_which_file_and_where_from(server, tmp_path, monkeypatch):
+    folder, address = server
+    write_mnist(folder, np.zeros((5, 28, 28), dtype=np.uint8), np.zeros(5, dtype=np.uint8))
+    published(monkeypatch, folder, address)
+    write_mnist(folder, np.ones((5, 28, 28), dtype=np.uint8), np.zeros(5, dtype=np.uint8))
+    told = rf"{tmp_path}/mnist/t10k-images-idx3-ubyte.gz is missing .*{address}t10k-images-idx3-ubyte.gz \({{}}\): fetch it by hand and put it into"
+    with pytest.raises(FileNotFoundError, match=told.format("what came has another checksum")):
+        load("mnist", "test", root=tmp_path)
+    assert not list((tmp_path / "mnist").iterdir())
+    published(monkeypatch, folder, "http://127.0.0.1:9/")  # nothing listens on the port of "discard"
+    with pytest.raises(FileNotFoundError, match=told.format("ConnectionError").replace(address, "http://127.0.0.1:9/")):
+        load("mnist", "test", root=tmp_path)
+
+
+def test_the_addresses_are_complete():
+    """Each file of each data set that is downloaded has an https or http address that ends in / and an MD5 checksum."""
+    assert {name for name, _ in data.DOWNLOADS} == {"mnist", "fashion", "cifar10"}
+    for name in ("mnist", "fashion"):
+        assert {file for known, file in data.DOWNLOADS if known == name} == set(sum(IDX.values(), ()))
+    for address, checksum in data.DOWNLOADS.values():
+        assert address.startswith("http")
+        assert address.endswith("/")
+        assert len(bytes.fromhex(checksum.removeprefix("md5:"))) == 16
+
+
+# ------------------------------------------------------------------ ImageNet
+
+
+def test_imagenet_is_read_as_the_field_reads_it(tmp_path):
+    """Labels by the sorted names of the folders; shorter side to 256, centre 224x224; only what is indexed is read."""
+    sizes = {"n02": [(300, 400), (256, 256)], "n01": [(500, 280)], "n10": [(224, 224)]}
+    pictures = {}
+    for wnid, shapes in sizes.items():
+        (tmp_path / "imagenet/val" / wnid).mkdir(parents=True)
+        for number, (height, width) in enumerate(shapes):
+            smooth = Image.fromarray(RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+            smooth.save(tmp_path / "imagenet/val" / wnid / f"{number}.png")
+            pictures[wnid, number] = smooth
+    images, labels = load("imagenet", "test", root=tmp_path)
+    assert labels.tolist() == [0, 1, 1, 2]
+    assert len(images) == 4
+    (tmp_path / "imagenet/val/n10/0.png").write_bytes(b"never read")
+    found = images[np.array([2, 0])]
+    assert found.shape == (2, 3, 224, 224)
+    assert found.dtype == torch.float32
+    same = np.asarray(pictures["n02", 1])[16:240, 16:240] / np.float32(255)  # 256x256: only cropped
+    np.testing.assert_array_equal(found[0].numpy(), same.transpose(2, 0, 1))
+    tall = pictures["n01", 0].resize((256, int(256 * 500 / 280)), Image.Resampling.BILINEAR)
+    top = round((tall.height - 224) / 2)
+    np.testing.assert_array_equal(found[1].numpy(), np.asarray(tall)[top : top + 224, 16:240].transpose(2, 0, 1) / np.float32(255))
+    before = content_hash(images)
+    (tmp_path / "imagenet/val/n02/0.png").unlink()
+    assert content_hash(load("imagenet", "test", root=tmp_path)[0]) != before

@@ -1,0 +1,423 @@
+"""The command line: what it writes, what it refuses, and that a run interrupted anywhere ends as if it had not been."""
+
+import csv
+import datetime
+import fcntl
+import json
+import os
+import pathlib
+import random
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import lib
+from lib import __main__ as cli
+from lib import data, runner, zoo
+from lib.certify import certify
+from lib.checkpoints import load_checkpoint, model_hash
+from lib.engine import BaseClassifier, ModelCounts
+from lib.iss import certify_iss, sample_size_map
+from lib.noise import Gaussian
+from lib.records import load_counts
+
+ROOT = pathlib.Path(__file__).parent.parent
+PUBLISHED = ROOT / "data/records/imagenet-resnet50-consistency-sigma0.50.tsv"
+ENGINE = ["--dtype", "float32", "--block", "64", "--layout", "contiguous", "--no-compile"]
+SMALL = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--n0", "20", "--n", "300", "--stop", "12", *ENGINE]
+
+
+def call(*arguments):
+    """(exit code, what it printed, what it said on the error stream) of a command."""
+    result = CliRunner().invoke(cli.app, [str(a) for a in arguments])
+    if result.exception and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.stdout, result.stderr
+
+
+def done(*arguments):
+    code, printed, said = call(*arguments)
+    assert code == 0, said
+    return printed
+
+
+def refused(*arguments, code=1):
+    found, printed, said = call(*arguments)
+    assert found == code, printed + said
+    assert "Traceback" not in said
+    return said
+
+
+def without_time(path):
+    """A log's rows as lists of cells, the time left out: by a reader of the format's description, not by lib's."""
+    with open(path, newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t"))
+    for row in rows:
+        time = row.pop("time")
+        assert datetime.datetime.strptime(time if "." in time else f"{time}.0", "%H:%M:%S.%f")
+    return [list(row.values()) for row in rows]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Blocks of 64 tiny images are too little work to share among threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The log of SMALL, certified in one go."""
+    out = tmp_path_factory.mktemp("reference") / "small.tsv"
+    done(*SMALL, "--out", out)
+    return out
+
+
+# ------------------------------------------------------------------ certify
+
+
+def test_the_log_and_the_record_are_those_of_the_library(reference):
+    """The same certificates and votes as lib.certify on all images in one batch; the log read as the field's analysis reads it."""
+    images, labels = data.load("digits", "test")
+    base = BaseClassifier(zoo.model("digits-cnn-sigma0.50"), (1, 8, 8), dtype=torch.float32, block=64, layout="contiguous", compile=False)
+    counts = ModelCounts(base, images[:12], Gaussian(0.5), progress=False)
+    expected = certify(counts, Gaussian(0.5), 20, 300, 0.001)
+    rows = without_time(reference)
+    assert reference.read_text().splitlines()[0].split("\t") == ["idx", "label", "predict", "radius", "correct", "time", "n"]
+    assert [row[:3] for row in rows] == [[str(i), str(int(labels[i])), str(expected.prediction[i])] for i in range(12)]
+    assert [float(row[3]) for row in rows] == expected.radius.tolist()
+    assert [row[4:] for row in rows] == [[str(int(labels[i] == expected.prediction[i])), "320"] for i in range(12)]
+    record = load_counts(f"{reference}.npz", sigma=0.5, seed=0, n0=20, n=300, dtype="float32", block=64, data="digits", split="test")
+    np.testing.assert_array_equal(record.counts, ModelCounts(base, images[:12], Gaussian(0.5), progress=False).draw(320))
+    np.testing.assert_array_equal(record.labels, labels[:12])
+    assert record.header["model_sha256"] == model_hash(zoo.model("digits-cnn-sigma0.50"))
+    assert sorted(path.name for path in reference.parent.iterdir()) == ["small.tsv", "small.tsv.npz", "small.tsv.settings.json"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--skip 100", [0, 100, 200, 300]),
+        ("--skip 20 --max 60", [0, 20, 40]),
+        ("--start 7 --stop 10", [7, 8, 9]),
+        ("--start 5 --skip 4 --stop 14", [8, 12]),
+        ("--skip 150 --max -1 --start 1", [150, 300]),
+        ("--start 358 --stop 1000", [358, 359]),
+    ],
+)
+def test_examples_are_chosen_as_by_the_fields_scripts(options, expected):
+    """Those scripts loop over all indices, break at max or stop, and pass over those below start or not divisible by skip."""
+    given = dict(zip(options.split()[::2], map(int, options.split()[1::2]), strict=True))
+    index = cli._indices(360, given.get("--start", 0), given.get("--stop"), given.get("--skip", 1), given.get("--max"))
+    assert index.tolist() == expected
+
+
+def test_an_example_is_the_same_in_any_selection(reference, tmp_path):
+    """Counts belong to the index in the data set, not to the run."""
+    done(*SMALL, "--start", 3, "--skip", 4, "--out", tmp_path / "some.tsv")
+    rows = without_time(reference)
+    assert without_time(tmp_path / "some.tsv") == [rows[4], rows[8]]
+
+
+def test_input_specific_sampling(tmp_path):
+    done(*SMALL, "--sampler", "iss", "--decline", 0.2, "--kind", "relative", "--out", tmp_path / "iss.tsv")
+    images, _ = data.load("digits", "test")
+    base = BaseClassifier(zoo.model("digits-cnn-sigma0.50"), (1, 8, 8), dtype=torch.float32, block=64, layout="contiguous", compile=False)
+    sizes = sample_size_map(300, 0.2, "relative", Gaussian(0.5), 0.001)
+    expected = certify_iss(ModelCounts(base, images[:12], Gaussian(0.5), progress=False), Gaussian(0.5), 20, 300, sizes, 0.001)
+    rows = without_time(tmp_path / "iss.tsv")
+    assert [float(row[3]) for row in rows] == expected.radius.tolist()
+    assert [int(row[5]) for row in rows] == expected.n.tolist()
+    assert load_counts(tmp_path / "iss.tsv.npz").counts.sum(axis=1).tolist() == expected.n.tolist()
+    said = refused(*SMALL, "--sampler", "iss", "--decline", 0.1, "--kind", "relative", "--out", tmp_path / "iss.tsv")
+    assert "decline = 0.2, not 0.1" in said
+    assert "takes no decline" in refused(*SMALL, "--decline", 0.1, "--out", tmp_path / "new.tsv", code=2)
+
+
+@pytest.mark.parametrize(
+    ("option", "named"),
+    [
+        ("--sigma 0.25", "sigma = 0.5, not 0.25"),
+        ("--n0 21", "n0 = 20, not 21"),
+        ("--n 301", "n = 300, not 301"),
+        ("--alpha 0.01", "alpha = 0.001, not 0.01"),
+        ("--seed 1", "seed = 0, not 1"),
+        ("--split train", "split = 'test', not 'train'"),
+        ("--start 1", "start = 0, not 1"),
+        ("--stop 13", "stop = 12, not 13"),
+        ("--sampler iss", "sampler = 'certify', not 'iss'"),
+        ("--block 32", "block = 64, not 32"),
+        ("--compile", "compiled = False, not True"),
+        ("--layout channels_last", "layout = contiguous, not channels_last"),
+    ],
+)
+def test_a_log_is_not_continued_with_other_settings(reference, option, named):
+    before = {path.name: path.read_bytes() for path in reference.parent.iterdir()}
+    assert named in refused(*SMALL, *option.split(), "--out", reference)
+    assert {path.name: path.read_bytes() for path in reference.parent.iterdir()} == before
+
+
+def test_a_log_is_not_continued_with_another_network_or_engine(reference, tmp_path, monkeypatch):
+    arguments = [a if a != "digits-cnn-sigma0.50" else "digits-cnn-sigma0.25" for a in SMALL]
+    assert "model_sha256 = " in refused(*arguments, "--out", reference)
+    settings = json.loads((reference.parent / f"{reference.name}.settings.json").read_text())
+    settings["engine"]["torch"] = "1.0"
+    (tmp_path / "small.tsv.settings.json").write_text(json.dumps(settings))
+    assert "torch = '1.0', not '2" in refused(*SMALL, "--out", tmp_path / "small.tsv")
+    (tmp_path / "alone.tsv").write_text("somebody else's")
+    assert "alone.tsv exists, but not how it was made" in refused(*SMALL, "--out", tmp_path / "alone.tsv")
+    assert (tmp_path / "alone.tsv").read_text() == "somebody else's"
+
+
+def test_two_runs_do_not_write_one_log(reference):
+    with open(f"{reference}.settings.json") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        assert "being written by another process" in refused(*SMALL, "--out", reference)
+
+
+# ------------------------------------------------------------------ interruptions
+
+
+def unfinished(reference, folder, log_bytes, votes_bytes):
+    """A copy of a finished run cut back to so many bytes of its log and of its votes."""
+    record = load_counts(f"{reference}.npz")
+    out = folder / reference.name
+    out.write_bytes(reference.read_bytes()[:log_bytes])
+    votes = runner._votes_lines(record.index, record.counts).encode()
+    (folder / f"{out.name}.votes").write_bytes(votes[:votes_bytes])
+    (folder / f"{out.name}.settings.json").write_bytes(pathlib.Path(f"{reference}.settings.json").read_bytes())
+    return out
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_run_cut_at_any_byte_is_completed(reference, tmp_path, seed):
+    """Whatever a kill or a full disk left of the two files, the finished run is the same, and whole examples are not done again."""
+    rng = random.Random(seed)
+    log, votes = reference.read_bytes(), runner._votes_lines(*(lambda r: (r.index, r.counts))(load_counts(f"{reference}.npz"))).encode()
+    cuts = [rng.randrange(len(log) + 1), rng.randrange(len(votes) + 1)] if seed else [len(log) - 1, len(votes)]
+    out = unfinished(reference, tmp_path, *cuts)
+    whole = min(max(log[: cuts[0]].count(b"\n") - 1, 0), votes[: cuts[1]].count(b"\n"))
+    code, _, said = call(*SMALL, "--out", out)
+    assert code == 0, said
+    assert f"{12 - whole} examples certified in" in said
+    assert f"{whole} were done before" in said
+    assert without_time(out) == without_time(reference)
+    assert out.read_text().splitlines()[: whole + 1] == reference.read_text().splitlines()[: whole + 1]
+    assert pathlib.Path(f"{out}.npz").read_bytes() == pathlib.Path(f"{reference}.npz").read_bytes()
+    assert not pathlib.Path(f"{out}.votes").exists()
+
+
+def test_a_line_deleted_from_a_finished_log_is_done_again(reference, tmp_path):
+    out = unfinished(reference, tmp_path, 10**6, 10**6)
+    done(*SMALL, "--out", out)
+    lines = out.read_text().splitlines(keepends=True)
+    out.write_text("".join(lines[:5] + lines[6:]))
+    assert "1 examples certified" in call(*SMALL, "--out", out)[2]
+    assert without_time(out) == without_time(reference)
+    assert "0 examples certified" in call(*SMALL, "--out", out)[2]
+
+
+def test_damage_inside_a_file_is_named(reference, tmp_path):
+    out = unfinished(reference, tmp_path, 10**6, 10**6)
+    votes, log = pathlib.Path(f"{out}.votes"), out.read_text()
+    lines = votes.read_text().splitlines(keepends=True)
+    for line, message in (
+        ("[2,1,\n", "votes, line 3 is damaged"),
+        ("[2,0,0,0,0,0,0,0,0,0,1]\n", "idx 2: n is not the number of votes"),
+        ("[99,0,0,0,0,0,0,0,0,0,320]\n", ""),
+    ):
+        votes.write_text("".join([*lines[:2], line, *lines[3:]]))
+        if message:
+            assert message in refused(*SMALL, "--out", out)
+        else:  # the votes of an example without a line in the log: both are dropped
+            assert "1 examples certified" in call(*SMALL, "--out", out)[2]
+    out.write_text(log.replace("\n3\t", "\n3"))
+    assert "small.tsv, line 5 is damaged" in refused(*SMALL, "--out", out)
+    out.write_text(log.replace("idx", "index"))
+    assert "line 1: expected the columns" in refused(*SMALL, "--out", out)
+
+
+def test_ctrl_c_says_how_to_go_on(reference, tmp_path, monkeypatch):
+    calls, certify_group = [], runner._certify_group
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        certify_group(*arguments)
+
+    monkeypatch.setattr(runner, "BLOCKS", 20)
+    monkeypatch.setattr(runner, "_certify_group", interrupted)
+    assert "the same command continues" in refused(*SMALL, "--out", tmp_path / "small.tsv", code=130)
+    assert "8 examples certified" in call(*SMALL, "--out", tmp_path / "small.tsv")[2]
+    assert without_time(tmp_path / "small.tsv") == without_time(reference)
+
+
+def test_kill_9_twice(tmp_path):
+    """A real process, killed while it writes its log, twice: what a third one completes is what one alone writes."""
+    arguments = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--n", "1000", "--stop", "100", *ENGINE]
+    out = tmp_path / "killed.tsv"
+    kept, environment = 0, os.environ | {"OMP_NUM_THREADS": "1"}
+    for _ in range(2):
+        command = [sys.executable, "-m", "lib", *arguments, "--out", str(out)]
+        process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=environment)
+        while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < kept + 5):
+            time.sleep(0.002)
+        process.kill()
+        assert process.wait() == -9
+        now = out.read_bytes().count(b"\n") - 1
+        assert kept < now < 100
+        kept = now
+    done(*arguments, "--out", out)
+    done(*arguments, "--out", tmp_path / "alone.tsv")
+    assert without_time(out) == without_time(tmp_path / "alone.tsv")
+    assert pathlib.Path(f"{out}.npz").read_bytes() == (tmp_path / "alone.tsv.npz").read_bytes()
+
+
+# ------------------------------------------------------------------ report and info
+
+
+def test_the_report_on_the_published_imagenet_log():
+    """ACR and certified accuracies of a published log, by arithmetic on its text."""
+    rows = without_time(PUBLISHED)
+    right = [float(radius) if correct == "1" else 0.0 for _, _, _, radius, correct in rows]
+    (found,) = json.loads(done("report", PUBLISHED, "--json", "--radii", "0,0.5,1,1.5,3"))
+    assert found["examples"] == 500
+    assert found["ACR"] == pytest.approx(sum(right) / 500, rel=1e-12)
+    assert round(found["ACR"], 3) == 0.822
+    assert [found[r] for r in ("0", "0.5", "1", "1.5", "3")] == [sum(x > r for x in right) / 500 for r in (0, 0.5, 1, 1.5, 3)]
+    assert found["abstained"] == sum(row[2] == "-1" for row in rows) / 500
+    assert found["draws"] is None
+    assert "0.822" in done("report", PUBLISHED)
+
+
+def test_a_report_in_every_form(reference, tmp_path):
+    both = [PUBLISHED, reference]
+    table = {row["log"]: row for row in csv.DictReader(done("report", *both, "--csv").splitlines())}
+    rows = {row["log"]: row for row in json.loads(done("report", *both, "--json"))}
+    assert list(table) == list(rows) == [str(path) for path in both]
+    for path in map(str, both):
+        assert {k: float(v) for k, v in table[path].items() if k != "log" and v} == {
+            k: v for k, v in rows[path].items() if k != "log" and v is not None
+        }
+    assert rows[str(reference)]["draws"] == 320
+    markdown = done("report", *both, "--markdown").splitlines()
+    assert len(markdown) == 4
+    assert len({line.count("|") for line in markdown}) == 1
+    latex = done("report", *both, "--latex")
+    assert r"\textbf{0.822}" in latex
+    assert latex.count(r"\\") == 3
+    assert "_" not in latex.replace(r"\_", "")
+    done("report", *both, "--png", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+
+
+def test_info(reference, tmp_path):
+    found = json.loads(done("info", f"{reference}.npz", "--json"))
+    assert (found["kind"], found["examples"], found["votes"], found["sigma"]) == ("record", 12, 12 * 320, 0.5)
+    found = json.loads(done("info", ROOT / "data/models/digits-cnn-sigma0.50.safetensors", "--json"))
+    assert (found["kind"], found["architecture"], found["parameters"]) == ("checkpoint", "small_cnn", 3818)
+    assert json.loads(done("info", PUBLISHED, "--json"))["examples"] == 500
+    torch.save({"arch": "mlp", "state_dict": {}}, tmp_path / "c.tar")
+    assert "missing: 1.weight" in refused("info", tmp_path / "c.tar", "--data", "digits")
+    assert "sigma            0.5" in done("info", f"{reference}.npz")
+
+
+# ------------------------------------------------------------------ train
+
+
+TRAIN = ["train", "--architecture", "mlp", "--sigma", "0.25", "--epochs", "3", "--batch", "128"]
+
+
+def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
+    done(*TRAIN, "--out", tmp_path / "whole.safetensors")
+    out, watch, calls = tmp_path / "cut.safetensors", cli._noisy_accuracy, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) in (2, 3):  # after the second epoch, and in the next run after the third
+            raise KeyboardInterrupt
+        return watch(*arguments)
+
+    monkeypatch.setattr(cli, "_noisy_accuracy", interrupted)
+    assert "the same command continues" in refused(*TRAIN, "--out", out, code=130)
+    assert load_checkpoint(out)[1]["epoch"] == 1
+    assert "lr = 0.1, not 0.2" in refused(*TRAIN, "--lr", 0.2, "--out", out)
+    refused(*TRAIN, "--out", out, code=130)
+    done(*TRAIN, "--out", out)
+    (model, header), whole = load_checkpoint(out), load_checkpoint(tmp_path / "whole.safetensors")
+    assert model_hash(model) == model_hash(whole[0])
+    assert header == whole[1]
+    assert header["noisy_accuracy"] > 0.5
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.safetensors", "whole.safetensors"]
+    assert json.loads(done(*TRAIN, "--out", out, "--json"))["epoch"] == 3
+    assert "sigma = 0.25, not 0.5" in refused(*TRAIN, "--sigma", 0.5, "--out", out)
+
+
+def test_a_trained_network_is_certified(tmp_path):
+    model = tmp_path / "m.safetensors"
+    done(*TRAIN, "--out", model)
+    done("certify", model, "--sigma", 0.25, "--n", 200, "--stop", 20, *ENGINE, "--out", tmp_path / "m.tsv")
+    (row,) = json.loads(done("report", tmp_path / "m.tsv", "--json", "--radii", 0))
+    assert row["0"] > 0.5
+
+
+# ------------------------------------------------------------------ errors
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ("certify nothing --sigma 1 --out x", 1, "model nothing is neither a file nor a name of the zoo (digits-cnn"),
+        ("certify digits-cnn-sigma0.50 --sigma -1 --out x", 1, "sigma must be finite and > 0"),
+        ("certify digits-cnn-sigma0.50 --sigma 1 --alpha 1 --out x", 1, "alpha must be a number in (0, 1)"),
+        ("certify digits-cnn-sigma0.50 --sigma 1 --n 0 --out x", 1, "n must be at least 1"),
+        ("certify digits-cnn-sigma0.50 --sigma 1 --skip 0 --out x", 1, "skip >= 1"),
+        ("certify digits-cnn-sigma0.50 --sigma 1 --start 360 --out x", 1, "leave none of the 360 examples"),
+        ("certify digits-cnn-sigma0.50 --sigma 1 --data cifar10 --data-path nowhere --out x", 1, "nowhere does not exist"),
+        ("certify digits-cnn-sigma0.50 --sigma 1 --device nonsense --out x", 1, "device must be one that is here"),
+        ("certify digits-cnn-sigma0.50 --sigma 1", 2, "--out"),
+        ("certify digits-cnn-sigma0.50 --sigma 1 --sampler none --out x", 2, "--sampler"),
+        ("report nowhere.tsv", 1, "nowhere.tsv does not exist"),
+        ("report README.md", 1, "lacks the column(s) idx"),
+        ("report x.tsv --csv --latex", 2, "take one of"),
+        ("report data/records/imagenet-resnet50-consistency-sigma0.50.tsv --radii a", 2, "--radii takes numbers"),
+        ("info nowhere", 1, "nowhere does not exist"),
+        ("info Makefile", 1, "is damaged or no checkpoint"),
+        ("train --sigma 1 --architecture resnet18 --out x", 1, "takes images of 3 channels"),
+        ("nonsense", 2, "nonsense"),
+    ],
+)
+def test_wrong_usage(arguments, code, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("README.md", "Makefile"):
+        (tmp_path / name).write_text("# A text\n")
+    (tmp_path / "data").symlink_to(ROOT / "data")
+    said = refused(*arguments.split(), code=code)
+    assert message in " ".join(said.replace("│", " ").split())
+    if code == 1:
+        assert said.strip().count("\n") == 0
+    assert not (tmp_path / "x").exists()
+
+
+def test_debug_shows_the_error_itself():
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        call("--debug", "info", "nowhere")
+
+
+def test_version():
+    assert done("--version").startswith(f"randomized-smoothing {lib.__version__}, torch {torch.__version__}")
+
+
+def test_as_a_program(tmp_path):
+    """python -m lib in its own process: exit code, one line of error, and nothing on the output."""
+    result = subprocess.run([sys.executable, "-m", "lib", "info", "nowhere"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    assert (result.returncode, result.stdout) == (1, "")
+    assert result.stderr == "error: nowhere does not exist: give the path of a checkpoint, a record or a log\n"

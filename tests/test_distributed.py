@@ -1,0 +1,92 @@
+"""Several processes under torchrun: the result is that of one process, and a process that dies loses only what it had not finished."""
+
+import os
+import pathlib
+import re
+import signal
+import subprocess
+import sys
+import time
+
+from test_cli import ENGINE, ROOT, done, one_thread, without_time
+
+__all__ = ["one_thread"]  # a fixture, used by itself
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lib"]
+# --N, not --n: Python's argparse would take --n for an abbreviation of torchrun's own options.
+JOB = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--N0", "20", "--N", "2000", "--stop", "60", *ENGINE]
+
+
+def start(out):
+    return subprocess.Popen([*TORCHRUN, *JOB, "--out", str(out)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def processes(parent):
+    """Process ids of the children of a process by their rank (Linux)."""
+    found = {}
+    for folder in pathlib.Path("/proc").glob("[0-9]*"):
+        try:
+            if int(re.search(r"\nPPid:\s(\d+)", (folder / "status").read_text())[1]) == parent:
+                rank = re.search(rb"(?:^|\0)RANK=(\d+)", (folder / "environ").read_bytes())
+                found[int(rank[1]) if rank else None] = int(folder.name)
+        except (OSError, TypeError):  # ended meanwhile
+            continue
+    return found
+
+
+def wait_for_lines(path, count, process):
+    while process.poll() is None and (not path.exists() or path.read_bytes().count(b"\n") < count):
+        time.sleep(0.005)
+
+
+def test_two_processes_give_the_result_of_one_also_when_one_is_killed(tmp_path):
+    done(*JOB, "--out", tmp_path / "one.tsv")
+    killed = tmp_path / "killed.tsv"
+    torchrun = start(killed)
+    wait_for_lines(tmp_path / "killed.tsv.part1", 4, torchrun)
+    os.kill(processes(torchrun.pid)[1], signal.SIGKILL)
+    said = torchrun.communicate(timeout=120)[0]
+    assert torchrun.returncode != 0, said
+    finished = sum(path.read_bytes().count(b"\n") - 1 for path in tmp_path.glob("killed.tsv.part[01]"))
+    assert 3 <= finished < 60, said
+    # The rest by two processes again. What was finished is not counted a second time: its lines, time included, are kept.
+    lines = [line for path in tmp_path.glob("killed.tsv.part[01]") for line in path.read_text().splitlines(keepends=True)]
+    kept = {line for line in lines if line.endswith("\n")}
+    torchrun = start(killed)
+    said = torchrun.communicate(timeout=120)[0]
+    assert torchrun.returncode == 0, said
+    lost = re.search(r"(\d+) examples certified in .*, (\d+) were done before", said)
+    assert int(lost[1]) + int(lost[2]) == 60
+    assert int(lost[2]) == finished
+    assert kept <= set(killed.read_text().splitlines(keepends=True))
+    assert without_time(killed) == without_time(tmp_path / "one.tsv")
+    assert (tmp_path / "killed.tsv.npz").read_bytes() == (tmp_path / "one.tsv.npz").read_bytes()
+    assert sorted(path.name for path in tmp_path.glob("killed*")) == ["killed.tsv", "killed.tsv.npz", "killed.tsv.settings.json"]
+
+
+def test_one_process_finishes_what_two_began(tmp_path):
+    """Parts of a run of several processes, as a kill leaves them, are taken up by one; a part of more lines wins over a torn one."""
+    done(*JOB, "--out", tmp_path / "one.tsv")
+    out = tmp_path / "begun.tsv"
+    torchrun = start(out)
+    wait_for_lines(tmp_path / "begun.tsv.part0", 4, torchrun)
+    children = processes(torchrun.pid)
+    torchrun.kill()
+    for child in children.values():
+        os.kill(child, signal.SIGKILL)
+    torchrun.communicate()
+    while any(
+        pathlib.Path(f"/proc/{child}").exists() and "\nState:\tZ" not in pathlib.Path(f"/proc/{child}/status").read_text()
+        for child in children.values()
+    ):
+        time.sleep(0.01)
+    done(*JOB, "--out", out)
+    assert without_time(out) == without_time(tmp_path / "one.tsv")
+    assert (tmp_path / "begun.tsv.npz").read_bytes() == (tmp_path / "one.tsv.npz").read_bytes()
+
+
+def test_two_processes_end_together_where_settings_differ(tmp_path):
+    (tmp_path / "x.tsv").write_text("")
+    torchrun = start(tmp_path / "x.tsv")
+    said = torchrun.communicate(timeout=120)[0]
+    assert torchrun.returncode == 1
+    assert said.count("exists, but not how it was made") == 1
