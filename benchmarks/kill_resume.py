@@ -1,0 +1,86 @@
+"""A certification killed with SIGKILL at random moments and started again until it is done, compared with one that was left alone.
+
+python -m benchmarks.kill_resume [--kills 10] [--seed 0] [--processes 1]
+Prints a Markdown table and whether log (but for its times) and record are the same to the last byte.
+"""
+
+import argparse
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+STARTS = 3.0  # seconds, about, until a process counts
+ROOT = pathlib.Path(__file__).parent.parent
+JOB = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--N0", "100", "--N", "20000", "--dtype", "float32", "--block", "256", "--no-compile"]
+JOB += ["--layout", "contiguous"]
+
+
+def start(out, processes):
+    run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    command = [sys.executable, *run, "-m", "lib", *JOB, "--out", str(out)]
+    # In a session of its own, so that a kill of the group ends all its processes at once, as the loss of a machine does.
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+
+
+def finished(out):
+    """Whole lines on disk, headers left out, in the log and its parts."""
+    files = [path for path in out.parent.glob(f"{out.name}*") if path.name == out.name or path.name.split(".part")[-1].isdigit()]
+    return sum(max(path.read_bytes().count(b"\n") - 1, 0) for path in files)
+
+
+def without_time(log):
+    return [[cell for i, cell in enumerate(line.split("\t")) if i != 5] for line in log.read_text().splitlines()]
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1)
+    options = parser.parse_args()
+    rng = random.Random(options.seed)
+    with tempfile.TemporaryDirectory() as folder:
+        alone, out = pathlib.Path(folder) / "alone.tsv", pathlib.Path(folder) / "killed.tsv"
+        begin = time.perf_counter()
+        if start(alone, 1).wait():
+            raise SystemExit("the run that was left alone failed")
+        whole = time.perf_counter() - begin
+        print("| kill | after (s) | examples on disk |\n| ---: | ---: | ---: |")
+        for kill in range(1, options.kills + 1):
+            process = start(out, options.processes)
+            # One in five while it still imports and reads; the others so far into the counting that all kills together leave some of it.
+            moment = rng.uniform(0, STARTS) if rng.random() < 0.2 else STARTS + rng.uniform(0, 1.6 * (whole - STARTS) / options.kills)
+            try:
+                process.wait(timeout=moment)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+            # torchrun puts its workers into sessions of their own: they end when they find it gone.
+            while any(str(out) in _command(path) for path in pathlib.Path("/proc").glob("[0-9]*")):
+                time.sleep(0.05)
+            print(f"| {kill} | {moment:.2f} | {finished(out)} |")
+        if start(out, options.processes).wait():
+            raise SystemExit("the last run failed")
+        same = without_time(out) == without_time(alone)
+        records = pathlib.Path(f"{out}.npz").read_bytes() == pathlib.Path(f"{alone}.npz").read_bytes()
+        lines = len(without_time(out)) - 1
+        print(
+            f"\n{lines} examples after {options.kills} kills: log {'the same' if same else 'DIFFERS'}, record {'the same' if records else 'DIFFERS'}"
+        )
+        sys.exit(0 if same and records else 1)
+
+
+def _command(process):
+    try:
+        return (process / "cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return ""
+
+
+if __name__ == "__main__":
+    main()
