@@ -15,6 +15,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from tqdm.auto import tqdm
 
 import lib
 from lib import data as datasets
@@ -89,11 +90,13 @@ def command(function):
     def guarded(*args, **kwargs):
         try:
             return function(*args, **kwargs)
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, RuntimeError) as error:
             if _options["debug"]:
                 raise
             me, processes = rank()
-            print(f"error{f' (rank {me})' if processes > 1 else ''}: {error}", file=sys.stderr)
+            # lib's own errors are ValueError and OSError; torch's (out of memory, ...) go on for many lines.
+            text = f"{str(error).splitlines()[0]} (--debug shows where)" if isinstance(error, RuntimeError) and str(error) else error
+            print(f"error{f' (rank {me})' if processes > 1 else ''}: {text}", file=sys.stderr)
             raise SystemExit(1) from error
         except KeyboardInterrupt:
             print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
@@ -353,7 +356,8 @@ def info(
 
 
 def _say(text):
-    print(text, file=sys.stderr, flush=True)
+    # Above a progress bar, not into it.
+    tqdm.write(text, file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ import time
 
 import numpy as np
 import torch
-from torch import distributed
+from torch.distributed.rendezvous import rendezvous
 from tqdm.auto import tqdm
 
 from lib.engine import BaseClassifier, ModelCounts
@@ -104,32 +104,49 @@ def run(job, progress=None):
             _work(job, state, job.out, range(len(state["todo"])), progress)
             _merge(job, complete=True)
         else:
-            # The ranks may end hours apart: the default of half an hour would end a long run.
-            distributed.init_process_group("gloo", timeout=datetime.timedelta(days=30))
-            stack.callback(distributed.destroy_process_group)
-            state = _agree(lambda: _prepare(job, stack))
+            group = _Group(me, processes)
+            state = group.agree("prepared", lambda: _prepare(job, stack))
             if job.settings != state["settings"]:
                 raise ValueError(f"rank {me} has other settings than rank 0: {difference(state['settings'], job.settings)}")
             torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
             _work(job, state, job.path(f".part{me}"), range(me, len(state["todo"]), processes), progress if me == 0 else False)
-            distributed.barrier()
-            _agree(lambda: _merge(job, complete=True))
+            group.arrive("certified")
+            group.agree("merged", lambda: len(_merge(job, complete=True)))
+            group.arrive("ended")
     return len(state["todo"])
 
 
-def _agree(function):
-    """The result of rank 0's call, on all ranks; its error ends all of them, and rank 0 alone reports it."""
-    box = [None]
-    if rank()[0] == 0:
-        try:
-            box = [{"result": function()}]
-        except (ValueError, OSError) as error:
-            distributed.broadcast_object_list([{"failed": True}])
-            raise error
-    distributed.broadcast_object_list(box)
-    if "failed" in box[0]:
-        raise SystemExit(1)
-    return box[0]["result"]
+class _Group:
+    """The few messages between the processes of a run, through the key-value store that torchrun keeps for them.
+
+    A process group of gloo or nccl would do it, too, but has threads of its own, which now and then end a process with an abort at its exit,
+    and needs a network interface to be found on machines with several.
+    """
+
+    def __init__(self, me, processes):
+        # The ranks may end days apart. (Milliseconds in 31 bits last for 24.)
+        self.store = next(rendezvous("env://", timeout=datetime.timedelta(days=20)))[0]
+        self.me, self.processes = me, processes
+
+    def agree(self, name, function):
+        """The result (JSON) of rank 0's call, on all ranks; its error ends all of them, and rank 0 alone reports it."""
+        if self.me == 0:
+            try:
+                result = function()
+            except (ValueError, OSError):
+                self.store.set(name, "null")
+                raise
+            self.store.set(name, json.dumps([result]))
+        result = json.loads(self.store.get(name))
+        if result is None:
+            raise SystemExit(1)
+        return result[0]
+
+    def arrive(self, name):
+        """Say that this process has come so far; rank 0 waits for all of them."""
+        self.store.set(f"{name}-{self.me}", "")
+        if self.me == 0:
+            self.store.wait([f"{name}-{i}" for i in range(self.processes)])
 
 
 def _cores():
