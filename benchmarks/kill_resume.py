@@ -5,6 +5,7 @@ Prints a Markdown table and whether log (but for its times) and record are the s
 """
 
 import argparse
+import contextlib
 import os
 import pathlib
 import random
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 
-STARTS = 3.0  # seconds, about, until a process counts
+STARTS = 3.0  # seconds, about, until a process counts (under torchrun twice as many)
 ROOT = pathlib.Path(__file__).parent.parent
 JOB = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--N0", "100", "--N", "20000", "--dtype", "float32", "--block", "256", "--no-compile"]
 JOB += ["--layout", "contiguous"]
@@ -23,8 +24,7 @@ JOB += ["--layout", "contiguous"]
 def start(out, processes):
     run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
     command = [sys.executable, *run, "-m", "lib", *JOB, "--out", str(out)]
-    # In a session of its own, so that a kill of the group ends all its processes at once, as the loss of a machine does.
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def finished(out):
@@ -54,15 +54,17 @@ def main():
         for kill in range(1, options.kills + 1):
             process = start(out, options.processes)
             # One in five while it still imports and reads; the others so far into the counting that all kills together leave some of it.
-            moment = rng.uniform(0, STARTS) if rng.random() < 0.2 else STARTS + rng.uniform(0, 1.6 * (whole - STARTS) / options.kills)
+            starts = STARTS * min(options.processes, 2)
+            moment = rng.uniform(0, starts) if rng.random() < 0.2 else starts + rng.uniform(0, 1.6 * (whole - STARTS) / options.kills)
             try:
                 process.wait(timeout=moment)
             except subprocess.TimeoutExpired:
-                os.killpg(process.pid, signal.SIGKILL)
+                # All at once, as the loss of a machine does: torchrun, and its workers, whose command lines name the log, too.
+                for one in _processes(out):
+                    os.kill(one, signal.SIGKILL)
                 process.wait()
-            # torchrun puts its workers into sessions of their own: they end when they find it gone.
-            while any(str(out) in _command(path) for path in pathlib.Path("/proc").glob("[0-9]*")):
-                time.sleep(0.05)
+                while _processes(out):
+                    time.sleep(0.05)
             print(f"| {kill} | {moment:.2f} | {finished(out)} |")
         if start(out, options.processes).wait():
             raise SystemExit("the last run failed")
@@ -75,11 +77,14 @@ def main():
         sys.exit(0 if same and records else 1)
 
 
-def _command(process):
-    try:
-        return (process / "cmdline").read_bytes().decode(errors="replace")
-    except OSError:
-        return ""
+def _processes(out):
+    """Ids of the processes of a run (Linux); one that has ended has no command line any more."""
+    found = []
+    for process in pathlib.Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(out).encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
+    return found
 
 
 if __name__ == "__main__":
