@@ -46,7 +46,7 @@ DOWNLOADS = {
     ("fashion", "train-labels-idx1-ubyte.gz"): (_FASHION, "md5:25c81989df183df01b3e8a0aad5dffbe"),
     ("fashion", "t10k-images-idx3-ubyte.gz"): (_FASHION, "md5:bef4ecab320f06d8554ea6380940ec79"),
     ("fashion", "t10k-labels-idx1-ubyte.gz"): (_FASHION, "md5:bb300cfdad3c16e7a12a480ee83cd310"),
-    ("cifar10", "cifar-10-binary.tar.gz"): ("https://www.cs.toronto.edu/~kriz/", "md5:c32a1d4ab5d03f1284b67883e8d87530"),
+    ("cifar10", "cifar-10-python.tar.gz"): ("https://www.cs.toronto.edu/~kriz/", "md5:c58f30108f718f92721af3b95e74349a"),
 }
 
 
@@ -79,7 +79,7 @@ def load(name, split, root=None, path=None):
             raise ValueError(f"path: digits ship inside scikit-learn and are not read from {path}; leave it out")
         images, labels = _digits(split)
     elif name == "cifar10":
-        images, labels = _cifar10(split, path or _fetch("cifar10", "cifar-10-binary.tar.gz", folder))
+        images, labels = _cifar10(split, path or _fetch("cifar10", "cifar-10-python.tar.gz", folder))
     else:
         images, labels = (_idx(path / file if path else _fetch(name, file, folder)) for file in IDX[split])
         images = images[:, None]

@@ -39,6 +39,12 @@ def has_bfloat16(device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def default_dtype(model, device):
+    """bfloat16 where the hardware has it and the network is large enough (100,000 parameters) to gain from it; else float32."""
+    large = sum(p.numel() for p in model.parameters()) >= 100_000
+    return torch.bfloat16 if large and has_bfloat16(device) else torch.float32
+
+
 class _Voter(nn.Module):
     """Logits to votes: the class of each row, or `classes` (one past the last) where a logit is not finite."""
 
@@ -59,9 +65,10 @@ class BaseClassifier:
 
     model  : nn.Module, logits [B, C] from float images [B, *shape] in [0, 1], normalisation inside. Not changed.
     shape  : (channels, height, width) of an image.
-    device : default CUDA where there is one, else CPU. dtype: torch.float32 or torch.bfloat16. block: images a forward pass, always full.
-    layout : "channels_last" or "contiguous". What is None is found by a short calibration, cached in the user's cache folder;
-             calibrate=False takes fixed defaults instead (bfloat16 where the hardware has it, channels_last, block 256 or 4096).
+    device : default CUDA where there is one, else CPU.
+    dtype  : torch.float32 or torch.bfloat16; default by rule (`default_dtype`), never by timing: it is part of what is certified.
+    block, layout : images a forward pass, always full; "channels_last" or "contiguous". What is None is found by a short calibration,
+             cached in the user's cache folder; calibrate=False takes channels_last and 256 (CPU) or 4,096 (GPU) instead.
     compile: True, False, or "auto": eager until a draw is asked that is worth the compile (never without a C++ compiler).
     `settings` says what was chosen. Votes of different settings may differ at rounding ties: fix them to compare counts bit by bit.
     Raises ValueError naming the argument.
@@ -82,16 +89,13 @@ class BaseClassifier:
         self.shape = tuple(shape)
         model = copy.deepcopy(model).eval().to(self.device)
         self.classes = self._classes(model)
-        chosen = {"dtype": dtype, "block": block, "layout": layout}
-        if None in chosen.values():
-            fixed = {
-                "dtype": torch.bfloat16 if has_bfloat16(self.device) else torch.float32,
-                "block": 256 if self.device.type == "cpu" else 4096,
-                "layout": "channels_last",
-            }
-            found = calibrated(model, self.shape, self.device, chosen) if calibrate else fixed
-            chosen = {name: found[name] if value is None else value for name, value in chosen.items()}
-        self.dtype, self.block, self.layout = chosen["dtype"], int(chosen["block"]), chosen["layout"]
+        self.dtype = dtype or default_dtype(model, self.device)
+        if None in (block, layout):
+            fixed = {"block": 256 if self.device.type == "cpu" else 4096, "layout": "channels_last"}
+            given = {"block": block, "layout": layout}
+            found = calibrated(model, self.shape, self.device, self.dtype, given) if calibrate else fixed
+            block, layout = block or found["block"], layout or found["layout"]
+        self.block, self.layout = int(block), layout
         self.memory_format = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
         self._voter = _Voter(model.to(self.dtype).to(memory_format=self.memory_format), self.classes)
         self.compiled, self._auto = False, compile == "auto"
