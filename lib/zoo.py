@@ -59,6 +59,8 @@ MODELS |= {
 RUNS = {name: Run(name, recipe.sigma, 100_100 if recipe.sigma == 0.12 else 605_000) for name, recipe in MODELS.items() if recipe.data == "digits"}
 # Training noise against test noise (figure 15 of Cohen et al. 2019), prediction noise 0.50.
 RUNS |= {f"digits-cnn-sigma{s:.2f}-at0.50": Run(f"digits-cnn-sigma{s:.2f}", 0.5, 100_100) for s in (0.25, 1.0)}
+# Small enough for a test to count again.
+RUNS["digits-cnn-sigma0.25-n1000"] = Run("digits-cnn-sigma0.25", 0.25, 1000)
 
 
 def _lookup(name, table, kind):

@@ -1,0 +1,53 @@
+"""The zoo: what is committed is what its recipes make."""
+
+import numpy as np
+import pytest
+import torch
+
+from lib import zoo
+from lib.checkpoints import load_checkpoint, model_hash
+
+DIGITS = [name for name, recipe in zoo.MODELS.items() if recipe.data == "digits"]
+
+
+def test_a_committed_record_is_counted_again():
+    stored, again = zoo.counts("digits-cnn-sigma0.25-n1000"), zoo.record("digits-cnn-sigma0.25-n1000")
+    assert again.header["model_sha256"] == stored.header["model_sha256"]
+    assert again.header["data_sha256"] == stored.header["data_sha256"]
+    # Another type of machine rounds logits differently: of 360,000 votes one or two at a tie may then move, each counted twice here.
+    assert np.abs(again.counts - stored.counts).sum() <= 4
+
+
+@pytest.mark.parametrize("name", zoo.RUNS)
+def test_records_belong_to_the_committed_networks(name):
+    record, run = zoo.counts(name), zoo.RUNS[name]
+    assert record.header["model_sha256"] == model_hash(zoo.model(run.model))
+    assert (record.counts.sum(axis=1) == run.n).all()
+    assert record.header["seed"] == run.seed
+
+
+def test_the_long_record_agrees_with_the_short_one():
+    stored, fresh = zoo.counts("digits-cnn-sigma0.25"), zoo.counts("digits-cnn-sigma0.25-n1000")
+    p = stored.counts / stored.counts.sum(axis=1, keepdims=True)
+    expected, variance = 1000 * p, 1000 * p * (1 - p)
+    z = (fresh.counts - expected)[variance > 5] / np.sqrt(variance[variance > 5])
+    assert abs(z.mean()) < 5 / np.sqrt(z.size)
+    assert z.std() == pytest.approx(1, abs=0.15)
+
+
+def test_training_repeats_the_committed_weights_or_nearly(tmp_path):
+    """The same recipe makes a network of the same quality everywhere, and the same weights on one type of machine."""
+    zoo.train("digits-cnn-sigma0.25", tmp_path / "again.safetensors")
+    again, header = load_checkpoint(tmp_path / "again.safetensors")
+    x, y = zoo.load("digits", "test")
+    with torch.no_grad():
+        shares = [float((network(x).argmax(1) == y).float().mean()) for network in (again, zoo.model("digits-cnn-sigma0.25"))]
+    assert header["sigma"] == 0.25
+    assert abs(shares[0] - shares[1]) <= 0.02
+
+
+def test_unknown_names_list_the_known():
+    with pytest.raises(ValueError, match=f"model 'x' is unknown; there are: {DIGITS[0]}"):
+        zoo.model("x")
+    with pytest.raises(ValueError, match="record 'x' is unknown"):
+        zoo.counts("x")
