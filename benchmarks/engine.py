@@ -39,12 +39,13 @@ def field_loop(model, image, draws, batch, sigma, classes):
 
 def rate(run, seconds):
     """Draws per second of `run(draws)`, over at least `seconds`."""
-    start, done, draws = time.perf_counter(), 0, 2000
-    while (elapsed := time.perf_counter() - start) < seconds:
+    start, done, elapsed = time.perf_counter(), 0, 0.0
+    while elapsed < seconds:
+        # Pieces of about half a second once the rate is known.
+        draws = max(2000, int(0.5 * done / elapsed)) if done else 2000
         run(draws)
-        done += draws
-        draws = int(min(max(draws, (seconds - elapsed) * done / max(elapsed, 1e-9) / 2), 10**7))
-    return done / (time.perf_counter() - start)
+        done, elapsed = done + draws, time.perf_counter() - start
+    return done / elapsed
 
 
 def network(name):
@@ -103,7 +104,7 @@ def two_processes(name, seconds, processes):
     for kind in ("field's loop, batch 400", "engine, float32", "engine, bfloat16"):
         command = [sys.executable, "-m", "benchmarks.engine", "--worker", name, "--kind", kind, "--seconds", str(seconds)]
         workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
-        time.sleep(100 if kind.startswith("engine") else 30)
+        time.sleep(60 if kind.startswith("engine") else 15)
         for worker in workers:
             worker.stdin.write("\n")
             worker.stdin.flush()
