@@ -3,7 +3,6 @@
 import dataclasses
 import io
 import json
-import pathlib
 import zipfile
 
 import numpy as np
@@ -180,12 +179,3 @@ def counts_from_log(log, noise, n, alpha):
     counts[abstained, classes:] = [n - 2 * (n // 3), n // 3, n // 3]
     prediction = np.where(abstained, classes, predict).astype(np.int64)
     return LogCounts(counts, prediction, labels, abstained, np.where(abstained, 0, last - first))
-
-
-def find(folder, name, suffix):
-    """The committed file `name + suffix` under `folder`, or a FileNotFoundError that lists what is there."""
-    path = pathlib.Path(folder) / f"{name}{suffix}"
-    if not path.is_file():
-        there = sorted(p.name.removesuffix(suffix) for p in path.parent.glob(f"*{suffix}"))
-        raise FileNotFoundError(f"{path} does not exist; there are: {', '.join(there) or 'none'}")
-    return path
