@@ -1,6 +1,6 @@
-"""The engine against the field's loop, alternating in one run: images per second, best and median of several rounds, as ratios.
+"""The engine against the field's loop, each in a process of its own, taking turns in one run: draws per second and their ratios.
 
-python -m benchmarks.engine [--seconds 4] [--rounds 5] [--job 100000] [--networks resnet20 digits ...] [--processes 2]
+python -m benchmarks.engine [--seconds 4] [--rounds 5] [--job 100000] [--networks resnet20 digits ...] [--threads N] [--processes 2]
 Prints Markdown tables; benchmarks/README.md holds the last committed run. On a GPU it adds ResNet-110 and ResNet-50 at 224 x 224.
 """
 
@@ -21,6 +21,7 @@ from lib.models import build
 
 NETWORKS = {"resnet20": ("cifar_resnet20", "cifar10"), "digits": ("small_cnn", "digits"), "resnet110": ("cifar_resnet110", "cifar10")}
 NETWORKS |= {"resnet50": ("resnet50", "imagenet")}
+RESNET20 = 81.6e6  # floating-point operations of one pass
 
 
 @torch.no_grad()
@@ -54,77 +55,98 @@ def network(name):
     return build(architecture, data).eval()
 
 
-def contenders(name, device):
-    """{name: run(draws)} for one network: the field's loop at two batches and the engine at two precisions."""
+def contender(name, kind, device):
+    """run(draws) of one contender, ready to count, and a note on how it got ready."""
     model, data = network(name), NETWORKS[name][1]
     shape, classes = INFO[data].shape, INFO[data].classes
-    image, noise = torch.rand(shape, generator=torch.Generator().manual_seed(0)), Gaussian(0.25)
-    on_device = model.to(device)
-    runs = {f"field's loop, batch {b}": lambda n, b=b: field_loop(on_device, image.to(device), n, b, 0.25, classes) for b in (400, 1000)}
-    compile_seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        label = f"engine, {str(dtype).removeprefix('torch.')}"
-        start = time.perf_counter()
-        base = BaseClassifier(model, shape, device=device, dtype=dtype, compile=True)
-        base.votes(base.empty_block())
-        compile_seconds[label] = time.perf_counter() - start
-        runs[f"{label}, block {base.block}"] = lambda n, base=base: ModelCounts(base, image[None], noise, progress=False).draw(n)
-    return runs, compile_seconds
+    image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
+    start = time.perf_counter()
+    if kind.startswith("field"):
+        model, image, batch = model.to(device), image.to(device), int(kind.split()[-1])
+        run, note = lambda n: field_loop(model, image, n, batch, 0.25, classes), ""
+        run(batch)
+    else:
+        base = BaseClassifier(model, shape, device=device, dtype=getattr(torch, kind.split()[1]), compile=kind.endswith("compiled"))
+        run, note = lambda n: ModelCounts(base, image[None], Gaussian(0.25), progress=False).draw(n), f"block {base.block}"
+        run(base.block)
+    return run, f"{note}, ready in {time.perf_counter() - start:.0f} s".removeprefix(", ")
 
 
-def compare(name, device, seconds, rounds):
-    runs, compile_seconds = contenders(name, device)
-    for run in runs.values():
-        run(2000)
-    rates = {label: [] for label in runs}
+def worker(name, kind, threads, device):
+    """A process of `Contender`: says that it is ready, then measures once for each line of seconds that it reads."""
+    torch.set_num_threads(threads)
+    run, note = contender(name, kind, device)
+    print(note, flush=True)
+    for seconds in sys.stdin:
+        print(rate(run, float(seconds)), flush=True)
+
+
+class Contender:
+    """One contender in processes of its own, because what one does to the allocator would help or hurt the other."""
+
+    def __init__(self, name, kind, device, threads, processes=1):
+        command = [sys.executable, "-m", "benchmarks.engine", "--worker", name, "--kind", kind, "--threads", str(threads), "--device", device]
+        self.processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+        notes = [process.stdout.readline().strip() for process in self.processes]
+        self.note = notes[0]
+        self.rates = []
+
+    def measure(self, seconds):
+        for process in self.processes:
+            process.stdin.write(f"{seconds}\n")
+            process.stdin.flush()
+        self.rates.append(sum(float(process.stdout.readline()) for process in self.processes))
+
+    def close(self):
+        for process in self.processes:
+            process.communicate()
+
+
+def compare(name, device, seconds, rounds, threads, processes=1):
+    """Table of all contenders, alternating: rounds of so many seconds each."""
+    kinds = [f"field's loop, batch {batch}" for batch in (400, 1000)]
+    kinds += [f"engine, {dtype}, {how}" for dtype in ("float32", "bfloat16") for how in ("eager", "compiled")]
+    rivals = {kind: Contender(name, kind.replace(",", ""), device, threads, processes) for kind in kinds}
     for _ in range(rounds):
-        for label, run in runs.items():
-            rates[label].append(rate(run, seconds))
-    base = rates["field's loop, batch 400"]
-    print(f"\n### {name} on {device}\n\n| | best draws/s | median draws/s | ratio of medians to the field's loop at batch 400 |\n|---|---|---|---|")
-    for label, values in rates.items():
-        print(f"| {label} | {max(values):,.0f} | {statistics.median(values):,.0f} | {statistics.median(values) / statistics.median(base):.1f} |")
-    print("\nReady to count (calibration, compile, first block): " + ", ".join(f"{k} {v:.1f} s" for k, v in compile_seconds.items()) + ".")
+        for rival in rivals.values():
+            rival.measure(seconds)
+    base = statistics.median(rivals[kinds[0]].rates)
+    print(f"\n### {name} on {device}, {processes} process{'es' if processes > 1 else ''} of {threads} thread{'s' if threads > 1 else ''}\n")
+    print("| | | best draws/s | median draws/s | ratio of medians to the field's loop at batch 400 |\n|---|---|---:|---:|---:|")
+    for kind, rival in rivals.items():
+        median = statistics.median(rival.rates)
+        print(f"| {kind} | {rival.note} | {max(rival.rates):,.0f} | {median:,.0f} | {median / base:.1f} |", flush=True)
+        rival.close()
 
 
-def one_process(name, seconds, kind):
-    """A worker of `two_processes`: one thread, prints its rate."""
-    torch.set_num_threads(1)
-    runs, _ = contenders(name, "cpu")
-    run = next(run for label, run in runs.items() if label.startswith(kind))
-    run(2000)
-    input()
-    print(rate(run, seconds))
-
-
-def two_processes(name, seconds, processes):
-    """Draws per second of several one-thread processes at once: the field's loop and the bfloat16 engine."""
-    print(f"\n### {name}, {processes} processes of one thread each\n\n| | draws/s, all processes | ratio |\n|---|---|---|")
-    first = None
-    for kind in ("field's loop, batch 400", "engine, float32", "engine, bfloat16"):
-        command = [sys.executable, "-m", "benchmarks.engine", "--worker", name, "--kind", kind, "--seconds", str(seconds)]
-        workers = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
-        time.sleep(60 if kind.startswith("engine") else 15)
-        for worker in workers:
-            worker.stdin.write("\n")
-            worker.stdin.flush()
-        total = sum(float(worker.communicate()[0].strip().splitlines()[-1]) for worker in workers)
-        first = first or total
-        print(f"| {kind} | {total:,.0f} | {total / first:.1f} |", flush=True)
+def peak(device):
+    """What the hardware can do at all: matrix products of 2048 x 2048, best of twenty, and the ResNet-20 passes that would be."""
+    for dtype in (torch.float32, torch.bfloat16):
+        a, best = torch.rand(2048, 2048, device=device).to(dtype), float("inf")
+        for _ in range(20):
+            start = time.perf_counter()
+            float((a @ a)[0, 0])
+            best = min(best, time.perf_counter() - start)
+        rate = 2 * 2048**3 / best
+        print(f"\nMatrix products in {str(dtype)[6:]}: {rate / 1e9:,.0f} GFLOP/s, as many as {rate / RESNET20:,.0f} ResNet-20 passes a second need.")
 
 
 def whole_job(name, device, draws, examples=20):
     """Wall time of a whole job, compile included, against the field's loop extrapolated from a tenth of one example."""
-    model, data = network(name).to(device), NETWORKS[name][1]
-    x = torch.rand(examples, *INFO[data].shape, generator=torch.Generator().manual_seed(0))
-    start = time.perf_counter()
-    ModelCounts(model, x, Gaussian(0.25), device=device, progress=False).draw(draws)
-    ours = time.perf_counter() - start
-    start = time.perf_counter()
-    field_loop(model, x[0].to(device), draws // 10, 400, 0.25, INFO[data].classes)
-    theirs = (time.perf_counter() - start) * 10 * examples
+    data = NETWORKS[name][1]
+    code = {
+        "engine": f"ModelCounts(model, x, Gaussian(.25), device='{device}', progress=False).draw({draws})",
+        "field": f"field_loop(model.to('{device}'), x[0].to('{device}'), {draws // 10}, 400, .25, {INFO[data].classes})",
+    }
+    seconds = {}
+    for kind, line in code.items():
+        setup = "import torch, time\nfrom lib import Gaussian, ModelCounts\nfrom benchmarks.engine import field_loop, network\n"
+        setup += f"model, x = network('{name}'), torch.rand({examples}, *{INFO[data].shape})\nstart = time.perf_counter()\n"
+        command = [sys.executable, "-c", f"{setup}{line}\nprint(time.perf_counter() - start)"]
+        seconds[kind] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+    ours, theirs = seconds["engine"], seconds["field"] * 10 * examples
     print(f"\nWhole job on {name}, {examples} examples x {draws:,} draws: engine {ours:,.0f} s with calibration and compile,", end=" ")
-    print(f"field's loop {theirs:,.0f} s (extrapolated from {draws // 10:,} draws), ratio {theirs / ours:.1f}.")
+    print(f"field's loop {theirs:,.0f} s (extrapolated from {draws // 10:,} draws), ratio {theirs / ours:.1f}.", flush=True)
 
 
 def machine():
@@ -143,18 +165,21 @@ def main():
     parser.add_argument("--job", type=int, default=100_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--networks", nargs="+")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--kind", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    device, threads = arguments.device, arguments.threads
     if arguments.worker:
-        return one_process(arguments.worker, arguments.seconds, arguments.kind)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+        return worker(arguments.worker, arguments.kind, threads, device)
     machine()
+    peak(device)
     names = arguments.networks or (["resnet20", "digits"] if device == "cpu" else list(NETWORKS))
     for name in names:
-        compare(name, device, arguments.seconds, arguments.rounds)
+        compare(name, device, arguments.seconds, arguments.rounds, threads)
     if device == "cpu" and arguments.processes > 1:
-        two_processes(names[0], arguments.seconds, arguments.processes)
+        compare(names[0], device, arguments.seconds, arguments.rounds, 1, arguments.processes)
     if arguments.job:
         for name in names[:2]:
             whole_job(name, device, arguments.job)

@@ -3,6 +3,7 @@
 import copy
 import itertools
 import json
+import math
 import pathlib
 import platform
 import time
@@ -16,7 +17,7 @@ from lib.files import sha256, write_atomically
 def calibrated(model, shape, device, dtype, given):
     """The fastest {"block", "layout"} for an eager model on this device, those given (not None) kept; only speed hangs on it.
 
-    Takes about a second for a ResNet-20 on a CPU, then cached per architecture, shape, device, dtype, threads and torch version.
+    Takes about a second for a ResNet-20 on one core, then cached per architecture, shape, device, dtype and torch version.
     """
     path = pathlib.Path(platformdirs.user_cache_dir("randomized-smoothing")) / f"engine-{_key(model, shape, device, dtype, given)}.json"
     try:
@@ -29,12 +30,14 @@ def calibrated(model, shape, device, dtype, given):
 
 def _key(model, shape, device, dtype, given):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor()}{torch.backends.cpu.get_cpu_capability()}"
-    parts = [str(model), shape, name, str(dtype), torch.__version__, torch.get_num_threads(), given]
+    parts = [str(model), shape, name, str(dtype), torch.__version__, given]
     return sha256(repr(parts).encode())[:20]
 
 
 def _measure(model, shape, device, dtype, given):
-    blocks = [int(given["block"])] if given["block"] else [128, 256, 512] if device.type == "cpu" else [1024, 4096]
+    # On a CPU each core has a block of its own: it should stay in the core's cache, and of large images there must not be many.
+    sizes = [b for b in (16, 32, 64, 128, 256, 512) if b == 16 or b * math.prod(shape) <= 1 << 20] if device.type == "cpu" else [1024, 4096]
+    blocks = [int(given["block"])] if given["block"] else sizes
     layouts = [given["layout"]] if given["layout"] else ["channels_last", "contiguous"]
     choices = itertools.product(blocks, layouts)
     block, layout = max(choices, key=lambda choice: _rate(model, shape, device, dtype, *choice))

@@ -1,14 +1,19 @@
 """Live votes: a network under noise, counted at the speed of the hardware (the third source of counts)."""
 
+import contextlib
 import copy
+import ctypes
 import logging
 import os
 import shutil
+import threading
 import time
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
 from tqdm.auto import tqdm
 
 from lib.calibration import calibrated
@@ -45,6 +50,53 @@ def default_dtype(model, device):
     return torch.bfloat16 if large and has_bfloat16(device) else torch.float32
 
 
+def folded(model, shape):
+    """The network with its batch norms folded into the convolutions before them (float32), where it can be traced and stays the same; else itself."""
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return model
+    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
+    with torch.no_grad():
+        try:
+            short, before = _fold(torch.fx.symbolic_trace(model)), model(x)
+            same = torch.allclose(short(x), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
+        except Exception as error:  # tracing runs the user's code on placeholders: what that raises is anyone's guess
+            log.debug("batch norms not folded: %s", error)
+            return model
+    return short if same else model
+
+
+def _fold(traced):
+    modules = dict(traced.named_modules())
+    for node in list(traced.graph.nodes):
+        before = node.args[0] if node.op == "call_module" and isinstance(modules[node.target], nn.BatchNorm2d) else None
+        if before is not None and before.op == "call_module" and isinstance(modules[before.target], nn.Conv2d) and len(before.users) == 1:
+            traced.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
+            node.replace_all_uses_with(before)
+            traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced
+
+
+@contextlib.contextmanager
+def one_core():
+    """Within it, this thread computes on one core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def keep_freed_memory():
+    """Tell glibc not to hand freed activations back to the system after each block: they are wanted again at once, and a page fault costs more."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the largest that every version admits
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+
+
 class _Voter(nn.Module):
     """Logits to votes: the class of each row, or `classes` (one past the last) where a logit is not finite."""
 
@@ -60,16 +112,18 @@ class _Voter(nn.Module):
 class BaseClassifier:
     """A network made ready to vote: copied, in eval mode, at one precision, one memory layout and one block shape.
 
-    The base classifier f that is smoothed and certified IS this network as it runs, bfloat16 rounding included; dtype=torch.float32 keeps
-    single precision. Share one BaseClassifier among all ModelCounts of a model, so that it is compiled once.
+    The base classifier f that is smoothed and certified IS this network as it runs: batch norms folded into the weights, bfloat16 rounding
+    included; dtype=torch.float32 keeps single precision. On a CPU each forward pass runs on one core, and as many of them side by side as
+    torch has threads: faster than one pass on all cores, and a vote does not depend on how many there are. Share one BaseClassifier among
+    all ModelCounts of a model, so that it is compiled once.
 
     model  : nn.Module, logits [B, C] from float images [B, *shape] in [0, 1], normalisation inside. Not changed.
     shape  : (channels, height, width) of an image.
     device : default CUDA where there is one, else CPU.
     dtype  : torch.float32 or torch.bfloat16; default by rule (`default_dtype`), never by timing: it is part of what is certified.
     block, layout : images a forward pass, always full; "channels_last" or "contiguous". What is None is found by a short calibration,
-             cached in the user's cache folder; calibrate=False takes channels_last and 256 (CPU) or 4,096 (GPU) instead.
-    compile: True, False, or "auto": eager until a draw is asked that is worth the compile (never without a C++ compiler).
+             cached in the user's cache folder; calibrate=False takes channels_last and 128 (CPU) or 4,096 (GPU) instead.
+    compile: True, False, or "auto": eager until a draw is asked that is worth the compile, and where that is no faster.
     `settings` says what was chosen. Votes of different settings may differ at rounding ties: fix them to compare counts bit by bit.
     Raises ValueError naming the argument.
     """
@@ -89,11 +143,15 @@ class BaseClassifier:
         self.shape = tuple(shape)
         model = copy.deepcopy(model).eval().to(self.device)
         self.classes = self._classes(model)
+        model = folded(model, self.shape)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.dtype = dtype or default_dtype(model, self.device)
         if None in (block, layout):
-            fixed = {"block": 256 if self.device.type == "cpu" else 4096, "layout": "channels_last"}
+            fixed = {"block": 128 if self.device.type == "cpu" else 4096, "layout": "channels_last"}
             given = {"block": block, "layout": layout}
-            found = calibrated(model, self.shape, self.device, self.dtype, given) if calibrate else fixed
+            with one_core():
+                found = calibrated(model, self.shape, self.device, self.dtype, given) if calibrate else fixed
             block, layout = block or found["block"], layout or found["layout"]
         self.block, self.layout = int(block), layout
         self.memory_format = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
@@ -127,27 +185,41 @@ class BaseClassifier:
         if self.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
             log.warning("no C++ compiler (g++) found: counting eagerly, which is slower; install one, or pass compile=False")
             return
-        options = {"freezing": True}
+        options = {"freezing": True, "cpp.threads": 1}
         if self.device.type == "cuda":
             options |= {"max_autotune": True, "triton.cudagraphs": True}
         self._voter = torch.compile(self._voter, dynamic=False, options=options)
         self.compiled = True
+        # Each network compiled in this process counts against one limit, past which torch would silently run it eagerly.
+        with one_core(), torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000):
+            self.votes(self.empty_block())
 
-    def consider_compiling(self, draws, buffer):
-        """With compile="auto": compile if so many draws would take longer than a compile pays for."""
+    @property
+    def workers(self):
+        """Forward passes side by side: on a CPU as many as torch has threads (torch.set_num_threads, OMP_NUM_THREADS)."""
+        return torch.get_num_threads() if self.device.type == "cpu" else 1
+
+    def consider_compiling(self, draws):
+        """With compile="auto": compile if so many draws would take longer than a compile pays for, and if it makes this network faster."""
         if not self._auto or draws < 20 * self.block:
             return
-        self.votes(buffer)
-        self.synchronize()
-        start = time.perf_counter()
-        self.votes(buffer)
-        self.synchronize()
-        if (time.perf_counter() - start) * draws / self.block > COMPILE_PAYS:
+        eager, before = self._voter, self._seconds()
+        if before * draws / self.block / self.workers > COMPILE_PAYS:
             self.compile()
+            if self.compiled and self._seconds() > before:
+                self._voter, self.compiled = eager, False
 
-    def synchronize(self):
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def _seconds(self):
+        """Time of one block on one core, or on the GPU: the best of three."""
+        block, times = self.empty_block(), []
+        for _ in range(4):
+            start = time.perf_counter()
+            with one_core():
+                self.votes(block)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)
+            times.append(time.perf_counter() - start)
+        return min(times[1:])
 
     def empty_block(self):
         """A block of zeros, [block, *shape], in the dtype, layout and device of the network."""
@@ -156,17 +228,15 @@ class BaseClassifier:
     @torch.no_grad()
     def votes(self, images):
         """Class of each row of a full block, int64 [block]; `classes` where a logit is not finite."""
-        # Each network compiled in this process counts against one limit, past which torch would silently run it eagerly.
-        with torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000):
-            return self._voter(images)
+        return self._voter(images)
 
 
 class ModelCounts:
     """Live Monte Carlo: votes of a base classifier under noise, for B examples at once.
 
-    The draws of all examples form one stream that fills blocks of one fixed shape, so that a draw of 100 for each of 500 examples is full
-    device batches. Noise is drawn and added in float32. Draw j of an example depends on (seed, its index, j) alone: counts are the same for
-    any batch, order of examples or number of processes, at one block size and engine setting on one machine type.
+    The draws of all examples fill blocks of one fixed shape, so that a draw of 100 for each of 500 examples is full device batches. Noise is
+    drawn and added in float32. Draw j of an example depends on (seed, its index, j) alone: counts are the same for any batch, order of
+    examples, number of cores or processes, at one block size and engine setting on one machine type.
 
     model : nn.Module (see BaseClassifier, whose further arguments may be given by keyword) or a BaseClassifier.
     x     : float32 images [B, channels, height, width] in [0, 1]. noise: smoothing distribution; sigma a scalar or one value per example.
@@ -200,28 +270,11 @@ class ModelCounts:
     def draw(self, n):
         """Class counts int64 [B, C] of the next n draws of each example (n: one number, or int [B])."""
         n = check_request(n, len(self))
-        base, total = self.base, int(n.sum())
-        block, owner, filled = base.empty_block(), np.full(base.block, len(self)), 0
-        base.consider_compiling(total, block)
-        # One row more for the padding of the last block, one column more for non-finite logits.
-        counts = torch.zeros((len(self) + 1) * (self.classes + 1), dtype=torch.int64, device=base.device)
+        total = int(n.sum())
+        self.base.consider_compiling(total)
         with tqdm(total=total, unit=" draws", unit_scale=True, delay=3, disable=False if self.progress is None else not self.progress) as bar:
-            for i, noisy in self._noisy(n):
-                while len(noisy):
-                    rows = min(len(noisy), base.block - filled)
-                    block[filled : filled + rows] = noisy[:rows]
-                    owner[filled : filled + rows] = i
-                    filled, noisy = filled + rows, noisy[rows:]
-                    if filled == base.block:
-                        self._count(block, owner, counts)
-                        bar.update(filled)
-                        filled = 0
-            if filled:
-                owner[filled:] = len(self)
-                self._count(block, owner, counts)
-                bar.update(filled)
+            counts = self._share(self._pieces(n, bar), -(-total // self.base.block))
         self.drawn += n
-        counts = counts.view(len(self) + 1, self.classes + 1)[:-1].cpu().numpy()
         if counts[:, -1].any():
             i = int(np.argmax(counts[:, -1]))
             raise ValueError(
@@ -230,18 +283,61 @@ class ModelCounts:
             )
         return counts[:, :-1].copy()
 
-    def _noisy(self, n):
-        """The next n noisy copies of each example, in pieces of at most CHUNK: pairs (example, float32 images on the device)."""
+    def _pieces(self, n, bar):
+        """What is to be drawn, in pieces of one chunk: (example, chunk, first and last + 1 of its draws)."""
         for i in np.flatnonzero(n):
-            image = self.x[i].to(self.base.device).expand(CHUNK, *self.base.shape)
-            noise = self.noise.select(np.full(CHUNK, i))
-            first, end = int(self.drawn[i]), int(self.drawn[i] + n[i])
-            for chunk in range(first // CHUNK, (end - 1) // CHUNK + 1):
-                start = chunk * CHUNK
-                noisy = noise.sample(image, noise_stream(self.seed, int(self.index[i]), chunk, self.base.device))
-                yield i, noisy[max(first - start, 0) : end - start]
+            start, end = int(self.drawn[i]), int(self.drawn[i] + n[i])
+            for chunk in range(start // CHUNK, -(-end // CHUNK)):
+                first, last = max(start - chunk * CHUNK, 0), min(end - chunk * CHUNK, CHUNK)
+                bar.update(last - first)
+                yield int(i), chunk, first, last
 
-    def _count(self, block, owner, counts):
-        votes = self.base.votes(block)
-        cell = torch.from_numpy(owner).to(votes.device) * (self.classes + 1) + votes
-        counts.index_add_(0, cell, torch.ones_like(cell))
+    def _share(self, pieces, blocks):
+        """Counts int64 [B, C + 1] of all pieces, which the workers take one by one; never more workers than blocks."""
+        if self.base.device.type != "cpu":
+            return self._count(pieces)
+        lock, over, workers = threading.Lock(), threading.Event(), max(1, min(self.base.workers, blocks))
+
+        def take():
+            with lock:
+                return None if over.is_set() else next(pieces, None)
+
+        # The limit of threads is each thread's own, but for MKL's: one_core restores it.
+        with one_core(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            tasks = [pool.submit(self._count, iter(take, None)) for _ in range(workers)]
+            try:
+                wait(tasks, return_when=FIRST_EXCEPTION)
+            finally:
+                over.set()  # where one fails, or the user interrupts, the others take no more
+            return sum(task.result() for task in tasks)
+
+    def _count(self, pieces):
+        """Votes int64 [B, C + 1] of pieces, the last column for logits that are not finite, in full blocks of which the last is padded."""
+        base = self.base
+        block, owner, filled = base.empty_block(), np.full(base.block, len(self)), 0
+        counts = torch.zeros((len(self) + 1) * (self.classes + 1), dtype=torch.int64, device=base.device)
+
+        def vote():
+            votes = base.votes(block)
+            cell = torch.from_numpy(owner).to(votes.device) * (self.classes + 1) + votes
+            counts.index_add_(0, cell, torch.ones_like(cell))
+
+        for i, chunk, first, last in pieces:
+            noisy = self._noisy(i, chunk)[first:last]
+            while len(noisy):
+                rows = min(len(noisy), base.block - filled)
+                block[filled : filled + rows] = noisy[:rows]
+                owner[filled : filled + rows] = i
+                filled, noisy = filled + rows, noisy[rows:]
+                if filled == base.block:
+                    vote()
+                    filled = 0
+        if filled:
+            owner[filled:] = len(self)  # the padding votes for nobody
+            vote()
+        return counts.view(len(self) + 1, self.classes + 1)[:-1].cpu().numpy()
+
+    def _noisy(self, i, chunk):
+        """The CHUNK noisy copies of example i that make up a chunk, float32 on the device."""
+        image = self.x[i].to(self.base.device).expand(CHUNK, *self.base.shape)
+        return self.noise.select(np.full(CHUNK, i)).sample(image, noise_stream(self.seed, int(self.index[i]), chunk, self.base.device))

@@ -205,7 +205,7 @@ def _choose_engine(job):
     if rank()[1] > 1:
         torch.set_num_threads(_cores())
     probe = BaseClassifier(job.model, _shape(job), **job.engine)
-    probe.consider_compiling(len(job.index) * job.draws, probe.empty_block())
+    probe.consider_compiling(len(job.index) * job.draws)
     return probe.settings
 
 

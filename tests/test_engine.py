@@ -9,7 +9,7 @@ from scipy.stats import binom, binomtest, chisquare, kstest, norm
 from torch import nn
 
 from lib.certify import certify
-from lib.engine import CHUNK, BaseClassifier, ModelCounts
+from lib.engine import CHUNK, BaseClassifier, ModelCounts, folded
 from lib.noise import Gaussian
 
 SHAPE = (1, 4, 4)
@@ -190,7 +190,7 @@ def test_layout_and_calibration_do_not_change_what_is_counted(tmp_path, monkeypa
     expected = ModelCounts(model, x, Gaussian(0.3), **PLAIN).draw(150)
     chosen = BaseClassifier(model, SHAPE, device="cpu", dtype=torch.float32, compile=False)
     assert chosen.settings["dtype"] == "float32"
-    assert chosen.settings["block"] in (128, 256, 512)
+    assert chosen.settings["block"] in (16, 32, 64, 128, 256, 512)
     assert chosen.settings["layout"] in ("channels_last", "contiguous")
     assert BaseClassifier(model, SHAPE, device="cpu", dtype=torch.float32, compile=False).settings == chosen.settings
     assert len(os.listdir(tmp_path / "randomized-smoothing")) == 1
@@ -208,6 +208,98 @@ def test_a_compiled_engine_counts_the_same_votes():
     expected = eager.draw([1000, 1500, 700])
     np.testing.assert_array_equal(compiled.draw([1000, 1500, 700]), expected)
     assert ((expected > 0).sum(axis=1) > 1).all()
+
+
+def small_resnet():
+    """Convolutions, batch norms with statistics of their own, a residual connection."""
+    torch.manual_seed(0)
+    model = BatchNormed().eval()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.running_mean, -0.5, 0.5)
+            nn.init.uniform_(module.running_var, 0.5, 2)
+            nn.init.uniform_(module.weight, 0.5, 2)
+            nn.init.uniform_(module.bias, -0.5, 0.5)
+    return model
+
+
+class BatchNormed(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.a = nn.Conv2d(1, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4)
+        self.second, self.b = nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4)
+        self.head = nn.Linear(64, 3)
+
+    def forward(self, x):
+        x = torch.relu(self.a(self.first(x)))
+        return self.head((x + self.b(self.second(x))).flatten(1))
+
+
+@pytest.fixture
+def threads():
+    """Sets torch's threads for one test."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_counts_are_the_same_on_any_number_of_cores(threads, dtype):
+    model, x, counted = small_resnet(), images(5), []
+    for number in (1, 2, 5):
+        threads(number)
+        source = ModelCounts(model, x, Gaussian(0.5), **PLAIN | {"dtype": dtype, "block": 32})
+        counted.append(source.draw([700, 0, 130, 1, 64]) + source.draw([300, 50, 0, 0, 999]))
+        assert torch.get_num_threads() == number
+    np.testing.assert_array_equal(counted[1], counted[0])
+    np.testing.assert_array_equal(counted[2], counted[0])
+    assert ((counted[0] > 0).sum(axis=1) > 1).any()
+
+
+def test_a_network_that_fails_ends_the_draw(threads):
+    """The error of one worker is the caller's, and the others stop instead of going on for hours."""
+
+    class Fails(Spy):
+        def forward(self, x):
+            if len(self.seen) == 5:
+                raise RuntimeError("out of memory")
+            return super().forward(x)
+
+    threads(2)
+    model = Fails()
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ModelCounts(model, images(1), Gaussian(0.5), **PLAIN).draw(10_000_000)
+    assert len(model.seen) == 5
+    assert torch.get_num_threads() == 2
+
+
+def test_batch_norms_are_folded_where_that_changes_nothing():
+    model = small_resnet()
+    short = folded(model, SHAPE)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in short.modules())
+    with torch.no_grad():
+        torch.testing.assert_close(short(images(7)), model(images(7)), rtol=1e-4, atol=1e-4)
+
+
+def test_networks_that_cannot_be_folded_stay_as_they_are():
+    """Control flow on data cannot be traced; one convolution before two batch norms, or noise inside, must not be folded."""
+
+    class Branches(BatchNormed):
+        def forward(self, x):
+            return super().forward(x) if x.sum() > 0 else super().forward(-x)
+
+    class Shares(BatchNormed):
+        def forward(self, x):
+            return self.head((self.a(self.first(x)) + self.b(self.first(x * x))).flatten(1))
+
+    class Throws(BatchNormed):
+        def forward(self, x):
+            return super().forward(x + torch.rand(1, 1, 4, 4))
+
+    for kind in (Branches, Shares, Throws):
+        model = kind().eval()
+        nn.init.uniform_(model.b.running_mean, -0.5, 0.5)
+        assert folded(model, SHAPE) is model, kind
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 130])
