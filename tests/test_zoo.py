@@ -26,6 +26,33 @@ def test_records_belong_to_the_committed_networks(name):
     assert record.header["seed"] == run.seed
 
 
+def test_a_record_stopped_and_continued_equals_one_counted_at_once(tmp_path, monkeypatch):
+    """Fewer draws first, a kill in the middle, the rest later: the file's bytes are those of one run. What belongs to another run is refused."""
+    name, some, path = "digits-cnn-sigma0.25-n1000", np.arange(0, 360, 40), tmp_path / "parts.npz"
+    zoo.record(name, tmp_path / "whole.npz", index=some)
+    monkeypatch.setattr(zoo, "ROUND", 150)
+    assert zoo.record(name, path, n=370, index=some).header["n"] == 370
+    save, calls = zoo.save_counts, []
+
+    def killed(*arguments, **header):
+        calls.append(header["n"])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        save(*arguments, **header)
+
+    monkeypatch.setattr(zoo, "save_counts", killed)
+    with pytest.raises(KeyboardInterrupt):
+        zoo.record(name, path, index=some)
+    monkeypatch.setattr(zoo, "save_counts", save)
+    assert zoo.load_counts(path).header["n"] == 670
+    zoo.record(name, path, index=some)
+    assert path.read_bytes() == (tmp_path / "whole.npz").read_bytes()
+    with pytest.raises(ValueError, match="holds other images"):
+        zoo.record(name, path, index=some[1:])
+    with pytest.raises(ValueError, match="was recorded with model = 'digits-cnn-sigma0.25'"):
+        zoo.record("digits-cnn-sigma0.50", path, index=some)
+
+
 def test_the_long_record_agrees_with_the_short_one():
     stored, fresh = zoo.counts("digits-cnn-sigma0.25"), zoo.counts("digits-cnn-sigma0.25-n1000")
     p = stored.counts / stored.counts.sum(axis=1, keepdims=True)
