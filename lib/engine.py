@@ -4,6 +4,7 @@ import contextlib
 import copy
 import ctypes
 import logging
+import math
 import os
 import shutil
 import threading
@@ -21,6 +22,7 @@ from lib.checks import check_draws, check_images, check_seed
 from lib.counts import check_request
 
 CHUNK = 100  # draws that share one random stream: part of the definition of the noise, so never a setting
+PIECE = 1 << 16  # pixels of noise drawn at a time, at least: smaller pieces cost more in calls than in numbers
 COMPILE_PAYS = 30.0  # seconds of eager forward passes from which a compile (5 - 30 s) is worth waiting for
 log = logging.getLogger(__name__)
 
@@ -284,13 +286,15 @@ class ModelCounts:
         return counts[:, :-1].copy()
 
     def _pieces(self, n, bar):
-        """What is to be drawn, in pieces of one chunk: (example, chunk, first and last + 1 of its draws)."""
+        """What is to be drawn, in pieces of one chunk, or some of small images: (example, chunks, first and last + 1 of their draws)."""
+        some = max(1, PIECE // (CHUNK * math.prod(self.base.shape)))
         for i in np.flatnonzero(n):
             start, end = int(self.drawn[i]), int(self.drawn[i] + n[i])
-            for chunk in range(start // CHUNK, -(-end // CHUNK)):
-                first, last = max(start - chunk * CHUNK, 0), min(end - chunk * CHUNK, CHUNK)
+            for chunk in range(start // CHUNK, -(-end // CHUNK), some):
+                chunks = range(chunk, min(chunk + some, -(-end // CHUNK)))
+                first, last = max(start - chunk * CHUNK, 0), min(end - chunk * CHUNK, CHUNK * len(chunks))
                 bar.update(last - first)
-                yield int(i), chunk, first, last
+                yield int(i), chunks, first, last
 
     def _share(self, pieces, blocks):
         """Counts int64 [B, C + 1] of all pieces, which the workers take one by one; never more workers than blocks."""
@@ -322,8 +326,8 @@ class ModelCounts:
             cell = torch.from_numpy(owner).to(votes.device) * (self.classes + 1) + votes
             counts.index_add_(0, cell, torch.ones_like(cell))
 
-        for i, chunk, first, last in pieces:
-            noisy = self._noisy(i, chunk)[first:last]
+        for i, chunks, first, last in pieces:
+            noisy = self._noisy(i, chunks)[first:last]
             while len(noisy):
                 rows = min(len(noisy), base.block - filled)
                 block[filled : filled + rows] = noisy[:rows]
@@ -337,7 +341,8 @@ class ModelCounts:
             vote()
         return counts.view(len(self) + 1, self.classes + 1)[:-1].cpu().numpy()
 
-    def _noisy(self, i, chunk):
-        """The CHUNK noisy copies of example i that make up a chunk, float32 on the device."""
-        image = self.x[i].to(self.base.device).expand(CHUNK, *self.base.shape)
-        return self.noise.select(np.full(CHUNK, i)).sample(image, noise_stream(self.seed, int(self.index[i]), chunk, self.base.device))
+    def _noisy(self, i, chunks):
+        """The noisy copies of example i that make up some chunks, CHUNK of each, float32 on the device."""
+        streams = [noise_stream(self.seed, int(self.index[i]), chunk, self.base.device) for chunk in chunks]
+        size = CHUNK * len(streams)
+        return self.noise.select(np.full(size, i)).sample(self.x[i].to(self.base.device).expand(size, *self.base.shape), streams)

@@ -12,8 +12,12 @@ from lib.checks import check_probability, check_sigma
 def standard_normal(like, generator):
     """Independent N(0, 1) draws of the shape and device of `like`, in float32.
 
-    generator: torch.Generator on that device, or a numpy Generator (CPU only), whose seed has more than torch's 32 bits on the CPU.
+    generator: torch.Generator on that device, or a numpy Generator (CPU only), whose seed has more than torch's 32 bits on the CPU;
+    a list of them draws equal parts of the rows in turn.
     """
+    if isinstance(generator, list):
+        parts = [standard_normal(part, g) for part, g in zip(like.chunk(len(generator)), generator, strict=True)]
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
     if isinstance(generator, np.random.Generator):
         return torch.from_numpy(generator.standard_normal(tuple(like.shape), dtype=np.float32))
     return torch.randn(like.shape, generator=generator, device=like.device)

@@ -49,7 +49,7 @@ def test_a_record_stopped_and_continued_equals_one_counted_at_once(tmp_path, mon
     assert path.read_bytes() == (tmp_path / "whole.npz").read_bytes()
     with pytest.raises(ValueError, match="holds other images"):
         zoo.record(name, path, index=some[1:])
-    with pytest.raises(ValueError, match="was recorded with model = 'digits-cnn-sigma0.25'"):
+    with pytest.raises(ValueError, match=r"was recorded with model = 'digits-cnn-sigma0\.25'"):
         zoo.record("digits-cnn-sigma0.50", path, index=some)
 
 
