@@ -15,13 +15,13 @@ def check_level(**levels):
 
 
 def check_draws(**draws):
-    """Each keyword is a number of Monte Carlo draws: a whole number >= 1, or an array of them."""
+    """Each keyword is a number of Monte Carlo draws (or of epochs, images ...): a whole number >= 1, or an array of them."""
     for name, value in draws.items():
         array = np.asarray(value)
         if array.dtype.kind not in "iu":
-            raise ValueError(f"{name} must be a whole number of draws (int); got {value!r}")
+            raise ValueError(f"{name} must be a whole number (int); got {value!r}")
         if array.size == 0 or array.min() < 1:
-            raise ValueError(f"{name} must be at least 1 draw; got {value!r}")
+            raise ValueError(f"{name} must be at least 1; got {value!r}")
 
 
 def check_seed(seed):

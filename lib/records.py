@@ -118,6 +118,8 @@ def read_log(path):
             table["n"] = table["n"].astype(int)
     except ValueError as error:
         raise ValueError(f"{path} has a cell that is not a number: {error}") from error
+    if table["idx"].duplicated().any():
+        raise ValueError(f"{path} holds idx {table['idx'][table['idx'].duplicated()].iloc[0]} twice: delete one of its lines")
     if not (np.isfinite(table["radius"]) & (table["radius"] >= 0)).all():
         raise ValueError(f"{path} has a radius that is negative or not finite")
     return table

@@ -207,6 +207,7 @@ def test_a_log_torn_anywhere_in_its_last_line_is_refused(tmp_path):
         ("0\t0\t0\tnan\t1\t0:00:01", "radius .* not finite"),
         ("0\t0\t0\t0.5\t1\tsoon", "not a number"),
         ("0\t0\t0\t0.5\t1", "line 2: 5 cells instead of 6"),
+        ("7\t0\t0\t0.5\t1\t0:00:01\n7\t0\t0\t0.6\t1\t0:00:01", "idx 7 twice"),
     ],
 )
 def test_a_malformed_line_is_refused(tmp_path, line, message):

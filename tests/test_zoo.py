@@ -1,5 +1,8 @@
 """The zoo: what is committed is what its recipes make."""
 
+import dataclasses
+import functools
+
 import numpy as np
 import pytest
 import torch
@@ -71,6 +74,29 @@ def test_training_repeats_the_committed_weights_or_nearly(tmp_path):
         shares = [float((network(x).argmax(1) == y).float().mean()) for network in (again, zoo.model("digits-cnn-sigma0.25"))]
     assert header["sigma"] == 0.25
     assert abs(shares[0] - shares[1]) <= 0.02
+
+
+def test_a_stopped_cifar_training_ends_in_the_same_weights(tmp_path, monkeypatch):
+    """The recipe of the CIFAR-10 networks (crops, weight average, bfloat16) for two epochs of made-up images, at once and killed after the first."""
+    rng = np.random.default_rng(0)
+    images = {name: rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8) for name, size in (("x_train", 256), ("x_test", 60))}
+    labels = {name: rng.integers(0, 10, (size, 1)) for name, size in (("y_train", 256), ("y_test", 60))}
+    np.savez(tmp_path / "data.npz", **images, **labels)
+    name = "cifar10-resnet20-sigma0.25-seed0"
+    monkeypatch.setitem(zoo.MODELS, name, dataclasses.replace(zoo.MODELS[name], epochs=2))
+    zoo.train(name, tmp_path / "whole.safetensors", tmp_path / "data.npz")
+
+    def stop(model, history):
+        raise KeyboardInterrupt
+
+    stopped = [name, tmp_path / "stopped.safetensors", tmp_path / "data.npz", tmp_path / "state"]
+    with monkeypatch.context() as patch:
+        patch.setattr(zoo, "fit", functools.partial(zoo.fit, after_epoch=stop))
+        with pytest.raises(KeyboardInterrupt):
+            zoo.train(*stopped)
+    assert not stopped[1].exists()
+    zoo.train(*stopped)
+    assert stopped[1].read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
 
 
 def test_unknown_names_list_the_known():
