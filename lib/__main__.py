@@ -199,6 +199,7 @@ def train(
     epochs: int = 60,
     lr: Annotated[float, typer.Option(help="Peak of the one-cycle schedule.")] = 0.1,
     batch: int = 64,
+    weight_decay: float = 5e-4,
     seed: int = 0,
     augment: Annotated[bool | None, typer.Option("--augment/--no-augment", help="Random crops and flips; default: for cifar10.")] = None,
     average: Annotated[float | None, typer.Option(help="Decay of an average of the weights, which then is the result.")] = None,
@@ -213,7 +214,8 @@ def train(
     held_x, held_y = (part[:1000] for part in datasets.load(data, "test", path=data_path))
     settings = {
         "architecture": str(architecture), "data": str(data), "data_sha256": datasets.content_hash(x), "loss": str(loss), "sigma": sigma,
-        "epochs": epochs, "lr": lr, "batch": batch, "seed": seed, "augment": augment, "average": average, "dtype": str(dtype),
+        "epochs": epochs, "lr": lr, "batch": batch, "weight_decay": weight_decay, "seed": seed, "augment": augment, "average": average,
+        "dtype": str(dtype),
     }  # fmt: skip
     state = _training_state(out, settings)
     if state:
@@ -233,8 +235,8 @@ def train(
             )
 
         history = fit(
-            network, x, y, LOSSES[loss](), noise, epochs, lr, batch, seed=seed, augment=augment, average=average, state=state,
-            dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, device=_device(device), after_epoch=after_epoch,
+            network, x, y, LOSSES[loss](), noise, epochs, lr, batch, weight_decay=weight_decay, seed=seed, augment=augment, average=average,
+            state=state, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, device=_device(device), after_epoch=after_epoch,
         )  # fmt: skip
         if not first:  # killed after its last epoch, before that one's checkpoint
             after_epoch(network, history)

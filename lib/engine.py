@@ -14,12 +14,12 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 import numpy as np
 import torch
 from torch import nn
-from torch.nn.utils import fuse_conv_bn_eval
 from tqdm.auto import tqdm
 
 from lib.calibration import calibrated
 from lib.checks import check_draws, check_images, check_seed
 from lib.counts import check_request
+from lib.models import folded
 
 CHUNK = 100  # draws that share one random stream: part of the definition of the noise, so never a setting
 PIECE = 1 << 16  # pixels of noise drawn at a time, at least: smaller pieces cost more in calls than in numbers
@@ -52,39 +52,11 @@ def default_dtype(model, device):
     return torch.bfloat16 if large and has_bfloat16(device) else torch.float32
 
 
-def folded(model, shape):
-    """The network with its batch norms folded into the convolutions before them (float32), where it can be traced and stays the same; else itself."""
-    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        return model
-    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
-    with torch.no_grad():
-        try:
-            short, before = _fold(torch.fx.symbolic_trace(model)), model(x)
-            same = torch.allclose(short(x), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
-        except Exception as error:  # tracing runs the user's code on placeholders: what that raises is anyone's guess
-            log.debug("batch norms not folded: %s", error)
-            return model
-    return short if same else model
-
-
-def _fold(traced):
-    modules = dict(traced.named_modules())
-    for node in list(traced.graph.nodes):
-        before = node.args[0] if node.op == "call_module" and isinstance(modules[node.target], nn.BatchNorm2d) else None
-        if before is not None and before.op == "call_module" and isinstance(modules[before.target], nn.Conv2d) and len(before.users) == 1:
-            traced.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
-            node.replace_all_uses_with(before)
-            traced.graph.erase_node(node)
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced
-
-
 @contextlib.contextmanager
-def one_core():
-    """Within it, this thread computes on one core."""
+def cores(number):
+    """Within it, torch computes on so many cores in this thread."""
     before = torch.get_num_threads()
-    torch.set_num_threads(1)
+    torch.set_num_threads(number)
     try:
         yield
     finally:
@@ -152,7 +124,7 @@ class BaseClassifier:
         if None in (block, layout):
             fixed = {"block": 128 if self.device.type == "cpu" else 4096, "layout": "channels_last"}
             given = {"block": block, "layout": layout}
-            with one_core():
+            with cores(1):
                 found = calibrated(model, self.shape, self.device, self.dtype, given) if calibrate else fixed
             block, layout = block or found["block"], layout or found["layout"]
         self.block, self.layout = int(block), layout
@@ -193,7 +165,7 @@ class BaseClassifier:
         self._voter = torch.compile(self._voter, dynamic=False, options=options)
         self.compiled = True
         # Each network compiled in this process counts against one limit, past which torch would silently run it eagerly.
-        with one_core(), torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000):
+        with cores(1), torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000):
             self.votes(self.empty_block())
 
     @property
@@ -216,7 +188,7 @@ class BaseClassifier:
         block, times = self.empty_block(), []
         for _ in range(4):
             start = time.perf_counter()
-            with one_core():
+            with cores(1):
                 self.votes(block)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
@@ -306,8 +278,8 @@ class ModelCounts:
             with lock:
                 return None if over.is_set() else next(pieces, None)
 
-        # The limit of threads is each thread's own, but for MKL's: one_core restores it.
-        with one_core(), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        # The limit of threads is each thread's own, but for MKL's, which is restored here.
+        with cores(1), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             tasks = [pool.submit(self._count, iter(take, None)) for _ in range(workers)]
             try:
                 wait(tasks, return_when=FIRST_EXCEPTION)

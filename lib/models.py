@@ -1,7 +1,10 @@
 """Classifiers: logits from images in [0, 1], normalisation inside as the first layer."""
 
+import logging
+
 import torch
 from torch import nn
+from torch.nn.utils import fuse_conv_bn_eval
 
 from lib.data import INFO
 
@@ -114,3 +117,31 @@ ARCHITECTURES = {
     "resnet18": lambda shape, classes: _torchvision("resnet18", shape, classes),
     "resnet50": lambda shape, classes: _torchvision("resnet50", shape, classes),
 }
+
+
+def folded(model, shape):
+    """The network with its batch norms folded into the convolutions before them (float32), where it can be traced and stays the same; else itself."""
+    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+        return model
+    x = torch.rand(2, *shape, generator=torch.Generator().manual_seed(0)).to(next(model.parameters()).device)
+    with torch.no_grad():
+        try:
+            short, before = _fold(torch.fx.symbolic_trace(model)), model(x)
+            same = torch.allclose(short(x), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
+        except Exception as error:  # tracing runs the user's code on placeholders: what that raises is anyone's guess
+            logging.getLogger(__name__).debug("batch norms not folded: %s", error)
+            return model
+    return short if same else model
+
+
+def _fold(traced):
+    modules = dict(traced.named_modules())
+    for node in list(traced.graph.nodes):
+        before = node.args[0] if node.op == "call_module" and isinstance(modules[node.target], nn.BatchNorm2d) else None
+        if before is not None and before.op == "call_module" and isinstance(modules[before.target], nn.Conv2d) and len(before.users) == 1:
+            traced.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
+            node.replace_all_uses_with(before)
+            traced.graph.erase_node(node)
+    traced.delete_all_unused_submodules()
+    traced.recompile()
+    return traced

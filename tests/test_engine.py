@@ -9,7 +9,8 @@ from scipy.stats import binom, binomtest, chisquare, kstest, norm
 from torch import nn
 
 from lib.certify import certify
-from lib.engine import CHUNK, BaseClassifier, ModelCounts, folded
+from lib.engine import CHUNK, BaseClassifier, ModelCounts
+from lib.models import folded
 from lib.noise import Gaussian
 
 SHAPE = (1, 4, 4)
