@@ -30,7 +30,10 @@ def execute(name, profile):
     folder = ROOT / ("figures" if profile == "laptop" else f"build/{profile}/figures")
     os.environ["FIGURES"] = str(folder)
     source = ROOT / "notebooks" / f"{name}.ipynb"
-    papermill.execute_notebook(source, target, parameters.get(name, {}), cwd=str(ROOT), kernel_name="python3", progress_bar=sys.stderr.isatty())
+    quiet = ["--IPKernelApp.log_level=ERROR"]  # else every run warns that a kernel on this machine talks to it in plain text
+    papermill.execute_notebook(
+        source, target, parameters.get(name, {}), cwd=str(ROOT), kernel_name="python3", progress_bar=sys.stderr.isatty(), extra_arguments=quiet
+    )
     return target, folder / name
 
 
