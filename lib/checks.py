@@ -25,9 +25,9 @@ def check_draws(**draws):
 
 
 def check_seed(seed):
-    """The seed of a random stream: a whole number >= 0."""
-    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or seed < 0:
-        raise ValueError(f"seed must be a whole number >= 0; got {seed!r}")
+    """The seed of a random stream: a whole number in [0, 2^32), so that (seed, index, chunk) name a stream without ambiguity."""
+    if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be a whole number in [0, 2^32); got {seed!r}")
 
 
 def check_sigma(sigma, name="sigma"):

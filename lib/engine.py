@@ -22,7 +22,7 @@ from lib.counts import check_request
 from lib.models import folded
 
 CHUNK = 100  # draws that share one random stream: part of the definition of the noise, so never a setting
-PIECE = 1 << 16  # pixels of noise drawn at a time, at least: smaller pieces cost more in calls than in numbers
+PIECE = 1 << 16  # pixels of noise to draw at a time where a chunk has fewer: small pieces cost more in calls than in numbers
 COMPILE_PAYS = 30.0  # seconds of eager forward passes from which a compile (5 - 30 s) is worth waiting for
 log = logging.getLogger(__name__)
 
@@ -86,8 +86,8 @@ class _Voter(nn.Module):
 class BaseClassifier:
     """A network made ready to vote: copied, in eval mode, at one precision, one memory layout and one block shape.
 
-    The base classifier f that is smoothed and certified IS this network as it runs: batch norms folded into the weights, bfloat16 rounding
-    included; dtype=torch.float32 keeps single precision. On a CPU each forward pass runs on one core, and as many of them side by side as
+    The base classifier f that is smoothed and certified IS this network as it runs: batch norms folded into the weights where they can be, bfloat16
+    rounding included; dtype=torch.float32 keeps single precision. On a CPU each forward pass runs on one core, and as many of them side by side as
     torch has threads: faster than one pass on all cores, and a vote does not depend on how many there are. Share one BaseClassifier among
     all ModelCounts of a model, so that it is compiled once.
 
@@ -115,12 +115,13 @@ class BaseClassifier:
             check_draws(block=block)
         self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         self.shape = tuple(shape)
-        model = copy.deepcopy(model).eval().to(self.device)
-        self.classes = self._classes(model)
-        model = folded(model, self.shape)
+        model = copy.deepcopy(model).eval()
+        self.dtype = dtype or default_dtype(model, self.device)
+        self.classes = self._classes(model.to(self.device))
+        short = folded(model.cpu(), self.shape)  # on the CPU, so that the same network is folded everywhere
+        self.folded, model = short is not model, short.to(self.device)
         if self.device.type == "cpu":
             keep_freed_memory()
-        self.dtype = dtype or default_dtype(model, self.device)
         if None in (block, layout):
             fixed = {"block": 128 if self.device.type == "cpu" else 4096, "layout": "channels_last"}
             given = {"block": block, "layout": layout}
@@ -136,12 +137,13 @@ class BaseClassifier:
 
     @property
     def settings(self):
-        """What runs: device, dtype, block, layout, compiled, torch (flat, for records and logs)."""
+        """What runs: device, dtype, block, layout, folded, compiled, torch (flat, for records and logs)."""
         return {
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
             "block": self.block,
             "layout": self.layout,
+            "folded": self.folded,
             "compiled": self.compiled,
             "torch": torch.__version__,
         }
@@ -159,14 +161,20 @@ class BaseClassifier:
         if self.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
             log.warning("no C++ compiler (g++) found: counting eagerly, which is slower; install one, or pass compile=False")
             return
-        options = {"freezing": True, "cpp.threads": 1}
+        options, eager = {"cpp.threads": 1}, self._voter
         if self.device.type == "cuda":
             options |= {"max_autotune": True, "triton.cudagraphs": True}
         self._voter = torch.compile(self._voter, dynamic=False, options=options)
+        # Each network compiled in this process counts against one limit, past which torch would silently run it eagerly. Freezing is asked
+        # for here, since among the options it has no effect.
+        limits = torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000)
+        try:
+            with cores(1), limits, torch._inductor.config.patch(freezing=True):
+                self.votes(self.empty_block())
+        except BaseException:
+            self._voter = eager
+            raise
         self.compiled = True
-        # Each network compiled in this process counts against one limit, past which torch would silently run it eagerly.
-        with cores(1), torch._dynamo.config.patch(recompile_limit=10_000, accumulated_recompile_limit=10_000):
-            self.votes(self.empty_block())
 
     @property
     def workers(self):
@@ -228,7 +236,7 @@ class ModelCounts:
             if model.shape != tuple(x.shape[1:]):
                 raise ValueError(f"x must hold images of shape {model.shape}, as the BaseClassifier was made for; got {tuple(x.shape[1:])}")
         self.base = model if isinstance(model, BaseClassifier) else BaseClassifier(model, x.shape[1:], **engine)
-        self.x, self.noise, self.seed, self.progress = x, noise, seed, progress
+        self.x, self.noise, self.seed, self.progress = x.detach(), noise, seed, progress
         self.index = np.arange(len(x)) if index is None else np.asarray(index)
         if self.index.shape != (len(x),) or self.index.dtype.kind not in "iu" or self.index.min() < 0:
             raise ValueError(f"index must be {len(x)} whole numbers >= 0, one per example; got {index!r}")
@@ -271,7 +279,8 @@ class ModelCounts:
     def _share(self, pieces, blocks):
         """Counts int64 [B, C + 1] of all pieces, which the workers take one by one; never more workers than blocks."""
         if self.base.device.type != "cpu":
-            return self._count(pieces)
+            with cores(1):  # as it was compiled: torch compiles anew for another number of threads
+                return self._count(pieces)
         lock, over, workers = threading.Lock(), threading.Event(), max(1, min(self.base.workers, blocks))
 
         def take():
@@ -280,8 +289,8 @@ class ModelCounts:
 
         # The limit of threads is each thread's own, but for MKL's, which is restored here.
         with cores(1), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            tasks = [pool.submit(self._count, iter(take, None)) for _ in range(workers)]
             try:
+                tasks = [pool.submit(self._count, iter(take, None)) for _ in range(workers)]
                 wait(tasks, return_when=FIRST_EXCEPTION)
             finally:
                 over.set()  # where one fails, or the user interrupts, the others take no more

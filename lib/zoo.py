@@ -9,7 +9,7 @@ import torch
 
 from lib.checkpoints import load_checkpoint, model_hash, save_checkpoint
 from lib.data import load
-from lib.engine import BaseClassifier, ModelCounts
+from lib.engine import BaseClassifier, ModelCounts, cores
 from lib.files import sha256
 from lib.losses import GaussianLoss
 from lib.models import build
@@ -60,6 +60,10 @@ MODELS |= {
 RUNS = {name: Run(name, recipe.sigma, 100_100 if recipe.sigma == 0.12 else 605_000) for name, recipe in MODELS.items() if recipe.data == "digits"}
 # Training noise against test noise (figure 15 of Cohen et al. 2019), prediction noise 0.50.
 RUNS |= {f"digits-cnn-sigma{s:.2f}-at0.50": Run(f"digits-cnn-sigma{s:.2f}", 0.5, 100_100) for s in (0.25, 1.0)}
+# Of each noise level the seed of highest noisy accuracy among the networks that are there; on every 20th test image. n is the plan: the
+# records may hold fewer draws yet, as their headers say.
+BEST = {0.25: 0, 0.50: 0, 1.00: 0}
+RUNS |= {f"cifar10-resnet20-sigma{s:.2f}": Run(f"cifar10-resnet20-sigma{s:.2f}-seed{seed}", s, 100_100, every=20) for s, seed in BEST.items()}
 # Small enough for a test to count again.
 RUNS["digits-cnn-sigma0.25-n1000"] = Run("digits-cnn-sigma0.25", 0.25, 1000)
 
@@ -85,16 +89,14 @@ def train(name, path, data_path=None, state=None):
     data_path: as lib.data.load takes it.
     """
     recipe = _lookup(name, MODELS, "model")
-    before = torch.get_num_threads()
-    torch.set_num_threads(recipe.threads)
     torch.manual_seed(recipe.seed)
     network = build(recipe.architecture, recipe.data)
     x, y = load(recipe.data, "train", path=data_path)
-    fit(
-        network, x, y, GaussianLoss(), Gaussian(recipe.sigma), recipe.epochs, recipe.lr, recipe.batch, weight_decay=recipe.weight_decay,
-        seed=recipe.seed, augment=recipe.augment, average=recipe.average, dtype=getattr(torch, recipe.dtype), state=state,
-    )  # fmt: skip
-    torch.set_num_threads(before)
+    with cores(recipe.threads):
+        fit(
+            network, x, y, GaussianLoss(), Gaussian(recipe.sigma), recipe.epochs, recipe.lr, recipe.batch, weight_decay=recipe.weight_decay,
+            seed=recipe.seed, augment=recipe.augment, average=recipe.average, dtype=getattr(torch, recipe.dtype), state=state,
+        )  # fmt: skip
     header = dataclasses.asdict(recipe) | {"loss": "GaussianLoss", "torch": torch.__version__}
     if recipe.data == "cifar10":
         header["noisy_accuracy"] = noisy_accuracy(network, recipe, data_path)
@@ -135,7 +137,9 @@ def counts(name, n=None, index=None, folder=DATA / "records"):
     run = _lookup(name, RUNS, "record")
     path = pathlib.Path(folder) / f"{name}.npz"
     if n is None and index is None and path.exists():
-        return load_counts(path, model=run.model, sigma=run.sigma)
+        found = load_counts(path, model=run.model, sigma=run.sigma)
+        if found.header["n"] >= run.n or run.every > 1:  # the long records of CIFAR-10 may still grow
+            return found
     return record(name, path if n is None and index is None else None, n, index)
 
 

@@ -62,7 +62,7 @@ def test_two_stages_jointly():
     assert fits(np.stack([first, second], axis=1), cells, law) > 1e-4
 
 
-@given(st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=1, max_size=5), st.integers(0, 2**32), st.data())
+@given(st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=1, max_size=5), st.integers(0, 2**32 - 1), st.data())
 def test_draws_add_up_to_the_record(votes, seed, data):
     """In any number of calls of any sizes, zeros among them, until nothing is left."""
     votes = np.array(votes)

@@ -262,7 +262,7 @@ def test_a_network_that_fails_ends_the_draw(threads):
 
     class Fails(Spy):
         def forward(self, x):
-            if len(self.seen) == 5:
+            if len(self.seen) >= 5:
                 raise RuntimeError("out of memory")
             return super().forward(x)
 
@@ -270,13 +270,14 @@ def test_a_network_that_fails_ends_the_draw(threads):
     model = Fails()
     with pytest.raises(RuntimeError, match="out of memory"):
         ModelCounts(model, images(1), Gaussian(0.5), **PLAIN).draw(10_000_000)
-    assert len(model.seen) == 5
+    assert 5 <= len(model.seen) <= 6
     assert torch.get_num_threads() == 2
 
 
 def test_batch_norms_are_folded_where_that_changes_nothing():
     model = small_resnet()
     short = folded(model, SHAPE)
+    assert BaseClassifier(model, SHAPE, **PLAIN).settings["folded"]
     assert not any(isinstance(module, nn.BatchNorm2d) for module in short.modules())
     with torch.no_grad():
         torch.testing.assert_close(short(images(7)), model(images(7)), rtol=1e-4, atol=1e-4)
@@ -293,14 +294,19 @@ def test_networks_that_cannot_be_folded_stay_as_they_are():
         def forward(self, x):
             return self.head((self.a(self.first(x)) + self.b(self.first(x * x))).flatten(1))
 
+    class Repeats(BatchNormed):
+        def forward(self, x):
+            return self.head((self.a(self.first(x)) + self.first(torch.relu(-x))).flatten(1))
+
     class Throws(BatchNormed):
         def forward(self, x):
             return super().forward(x + torch.rand(1, 1, 4, 4))
 
-    for kind in (Branches, Shares, Throws):
+    for kind in (Branches, Shares, Repeats, Throws):
         model = kind().eval()
         nn.init.uniform_(model.b.running_mean, -0.5, 0.5)
         assert folded(model, SHAPE) is model, kind
+        assert not BaseClassifier(model, SHAPE, **PLAIN).settings["folded"]
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 130])
