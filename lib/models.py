@@ -131,7 +131,7 @@ def folded(model, shape):
             if short is None:
                 return model
             same = torch.allclose(short(x), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
-        except Exception as error:  # tracing runs the user's code on placeholders: what that raises is anyone's guess
+        except Exception as error:  # tracing runs the user's code on proxies of tensors: what that raises is anyone's guess
             logging.getLogger(__name__).debug("batch norms not folded: %s", error)
             return model
     return short if same else model
