@@ -67,9 +67,9 @@ models: $(READY) ## retrain the committed digits networks (half a minute)
 records: $(READY) ## count the votes of every committed digits record again (45 minutes of one core), with a progress bar
 	$(BIN)/python -m lib.zoo records
 
-cifar10: $(READY) ## CIFAR-10: train, select, record; make cifar10 DATA=<npz, folder or tar.gz>; hours, stops and resumes
-	@test -n "$(DATA)" || { echo "say where CIFAR-10 is: make cifar10 DATA=path/to/cifar-10-python.tar.gz"; exit 2; }
-	$(BIN)/python -m lib.zoo cifar10 $(DATA)
+cifar10: $(READY) ## CIFAR-10: train, select, record; make cifar10 DATA=<npz, folder or tar.gz> OUT=<folder>; hours, stops and resumes
+	@test -n "$(DATA)" || { echo "say where CIFAR-10 is: make cifar10 DATA=path/to/cifar-10-python.tar.gz OUT=runs/cifar10"; exit 2; }
+	$(BIN)/python -m lib.zoo cifar10 $(DATA) $(OUT)
 
 bench: $(READY) ## the benchmarks: speed and cost, as ratios (an idle machine)
 	for name in $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)); do $(BIN)/python -m benchmarks.$$name || exit 1; done

@@ -55,7 +55,7 @@ def save(fig, name, data):
 
 
 def table(frame, name, caption="", digits=3, bold=None):
-    """Write figures/NAME.csv (full precision) and show the table, floats with `digits` decimals.
+    """Write figures/NAME.csv (full precision) and show the table, floats with `digits` decimals, a dash where there is no number.
 
     bold: columns whose largest value is set bold. Index levels that have names become columns.
     """
@@ -65,7 +65,7 @@ def table(frame, name, caption="", digits=3, bold=None):
     shown = frame.copy().astype(object)
     for column in frame:
         cells = frame[column]
-        shown[column] = [f"{v:.{digits}f}" if isinstance(v, float) else str(v) for v in cells]
+        shown[column] = ["–" if pd.isna(v) else f"{v:.{digits}f}" if isinstance(v, float) else str(v) for v in cells]
         if column in (bold or []):
             shown.loc[(cells == cells.max()).to_numpy(), column] = shown[column].map("**{}**".format)
     rows = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *shown.to_numpy().tolist()]

@@ -8,9 +8,8 @@ import numpy as np
 import torch
 
 from lib.checkpoints import load_checkpoint, model_hash, save_checkpoint
-from lib.data import load
+from lib.data import content_hash, load
 from lib.engine import BaseClassifier, ModelCounts, cores
-from lib.files import sha256
 from lib.losses import GaussianLoss
 from lib.models import build
 from lib.noise import Gaussian
@@ -112,21 +111,33 @@ def noisy_accuracy(network, recipe, data_path=None, draws=20):
     return float(votes[np.arange(len(index)), y.numpy()[index]].sum() / votes.sum())
 
 
-def cifar10(data_path, runs=DATA.parent / "runs"):
+def cifar10(data_path, out=DATA):
     """Train what is missing of the CIFAR-10 networks, then count the votes of the best of each noise level on the test images 0, 20, ..., 9980.
 
-    Everything stops and resumes: a network at each epoch (runs/NAME.state), a record at each ROUND of draws. Weights go to data/models,
-    records to data/records; one with fewer draws than its run asks for is continued. data_path: as lib.data.load takes it.
+    out: folder whose models/ gets the weights and whose records/ the votes. Everything stops and resumes: a network at each epoch (NAME.state beside
+    it), a record, even a finished shorter one, at each ROUND of draws. data_path: as lib.data.load takes it. Raises ValueError, before any work,
+    where `out` holds records of other images: those in data/ are of JPEG copies of CIFAR-10 (data/README.md).
     """
     recipes = {name: recipe for name, recipe in MODELS.items() if recipe.data == "cifar10"}
+    models, records = pathlib.Path(out) / "models", pathlib.Path(out) / "records"
+    runs = {records / f"{name}.npz": run for name, run in RUNS.items() if run.model in recipes}
+    images = content_hash(load("cifar10", "test", path=data_path)[0])
+    for path in filter(pathlib.Path.exists, runs):
+        if load_counts(path).header["data_sha256"] != images:
+            raise ValueError(
+                f"{path} was counted on other images than those of {data_path}: take another folder, make cifar10 DATA=... OUT=runs/cifar10"
+            )
+    shares = {}
     for name in recipes:
-        path = DATA / "models" / f"{name}.safetensors"
+        path = models / f"{name}.safetensors"
         if not path.exists():
-            train(name, path, data_path, state=runs / f"{name}.state")
-        print(f"{name}: noisy accuracy {load_checkpoint(path)[1]['noisy_accuracy']:.4f}", flush=True)
-    for name, run in RUNS.items():
-        if run.model in recipes:
-            record(name, DATA / "records" / f"{name}.npz", data_path=data_path)
+            train(name, path, data_path, state=path.with_suffix(".state"))
+            path.with_suffix(".state").unlink()
+        shares[name] = load_checkpoint(path)[1]["noisy_accuracy"]
+        print(f"{name}: noisy accuracy {shares[name]:.4f}", flush=True)
+    for path, run in runs.items():
+        best = max((name for name in recipes if recipes[name].sigma == run.sigma), key=shares.get)
+        record(dataclasses.replace(run, model=best), path, data_path=data_path, models=models)
 
 
 def counts(name, n=None, index=None, folder=DATA / "records"):
@@ -143,20 +154,20 @@ def counts(name, n=None, index=None, folder=DATA / "records"):
     return record(name, path if n is None and index is None else None, n, index)
 
 
-def record(name, path=None, n=None, index=None, data_path=None):
-    """Count the votes of a run of RUNS on its test images or those of `index`, up to `n` draws of each, and store them at `path` (if given).
+def record(run, path=None, n=None, index=None, data_path=None, models=DATA / "models"):
+    """Count the votes of a run (a Run, or a name of RUNS) on its test images or those of `index`, up to `n` draws of each; store them at `path`.
 
     Stored after every ROUND draws of each image; a record at `path` with fewer draws is continued, and ends as if counted at once.
-    Raises ValueError where the record at `path` was counted in another way.
+    Raises ValueError where the record at `path` was counted in another way. Returns lib.records.Record; without a path nothing is stored.
     """
-    run = _lookup(name, RUNS, "record")
-    network, recipe, n = model(run.model), MODELS[run.model], n or run.n
+    run = run if isinstance(run, Run) else _lookup(run, RUNS, "record")
+    network, recipe, n = model(run.model, models), MODELS[run.model], n or run.n
     x, y = load(recipe.data, "test", path=data_path)
     index = np.arange(0, len(x), run.every) if index is None else np.asarray(index)
     engine = {"block": 64, "layout": "channels_last"} if recipe.data == "cifar10" else {"block": 400, "layout": "contiguous"}
     base = BaseClassifier(network, x.shape[1:], dtype=getattr(torch, recipe.dtype), compile=False, **engine)
     header = {
-        "model": run.model, "model_sha256": model_hash(network), "data": recipe.data, "split": "test", "data_sha256": sha256(x.numpy().tobytes()),
+        "model": run.model, "model_sha256": model_hash(network), "data": recipe.data, "split": "test", "data_sha256": content_hash(x),
         "sigma": run.sigma, "seed": run.seed, **base.settings,
     }  # fmt: skip
     source, votes = ModelCounts(base, x[index], Gaussian(run.sigma), index=index, seed=run.seed), 0
@@ -172,8 +183,8 @@ def record(name, path=None, n=None, index=None, data_path=None):
     return Record(votes, index, y.numpy()[index], header | {"n": int(source.drawn[0])})
 
 
-def main(what, data_path=None):
-    """python -m lib.zoo models | records | cifar10 DATA: retrain the digits networks, count their records again, do the CIFAR-10 plan."""
+def main(what, *paths):
+    """python -m lib.zoo models | records | cifar10 DATA [OUT]: retrain the digits networks, count their records again, do the CIFAR-10 plan."""
     if what == "models":
         for name in (name for name, recipe in MODELS.items() if recipe.data == "digits"):
             train(name, DATA / "models" / f"{name}.safetensors")
@@ -183,10 +194,13 @@ def main(what, data_path=None):
                 path = DATA / "records" / f"{name}.npz"
                 path.unlink(missing_ok=True)
                 record(name, path)
-    elif what == "cifar10" and data_path:
-        cifar10(data_path)
+    elif what == "cifar10" and len(paths) in (1, 2):
+        try:
+            cifar10(*paths)
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"error: {error}") from error
     else:
-        raise SystemExit("usage: python -m lib.zoo models | records | cifar10 DATA (an npz, or the folder or tar.gz of CIFAR-10)")
+        raise SystemExit("usage: python -m lib.zoo models | records | cifar10 DATA [OUT] (DATA: an npz, or the folder or tar.gz of CIFAR-10)")
 
 
 if __name__ == "__main__":

@@ -85,20 +85,25 @@ def test_training_repeats_the_committed_weights_or_nearly(tmp_path):
     assert abs(shares[0] - shares[1]) <= 0.02
 
 
-def test_a_stopped_cifar_training_ends_in_the_same_weights(tmp_path, monkeypatch):
-    """The recipe of the CIFAR-10 networks (crops, weight average, bfloat16) for two epochs of made-up images, at once and killed after the first."""
-    rng = np.random.default_rng(0)
+def made_up_cifar10(path, seed=0):
+    """An npz like Keras's of CIFAR-10, of 256 random training and 60 test images."""
+    rng = np.random.default_rng(seed)
     images = {name: rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8) for name, size in (("x_train", 256), ("x_test", 60))}
     labels = {name: rng.integers(0, 10, (size, 1)) for name, size in (("y_train", 256), ("y_test", 60))}
-    np.savez(tmp_path / "data.npz", **images, **labels)
-    name = "cifar10-resnet20-sigma0.25-seed0"
+    np.savez(path, **images, **labels)
+    return path
+
+
+def test_a_stopped_cifar_training_ends_in_the_same_weights(tmp_path, monkeypatch):
+    """The recipe of the CIFAR-10 networks (crops, weight average, bfloat16) for two epochs of made-up images, at once and killed after the first."""
+    data, name = made_up_cifar10(tmp_path / "data.npz"), "cifar10-resnet20-sigma0.25-seed0"
     monkeypatch.setitem(zoo.MODELS, name, dataclasses.replace(zoo.MODELS[name], epochs=2))
-    zoo.train(name, tmp_path / "whole.safetensors", tmp_path / "data.npz")
+    zoo.train(name, tmp_path / "whole.safetensors", data)
 
     def stop(model, history):
         raise KeyboardInterrupt
 
-    stopped = [name, tmp_path / "stopped.safetensors", tmp_path / "data.npz", tmp_path / "state"]
+    stopped = [name, tmp_path / "stopped.safetensors", data, tmp_path / "state"]
     with monkeypatch.context() as patch:
         patch.setattr(zoo, "fit", functools.partial(zoo.fit, after_epoch=stop))
         with pytest.raises(KeyboardInterrupt):
@@ -106,6 +111,23 @@ def test_a_stopped_cifar_training_ends_in_the_same_weights(tmp_path, monkeypatch
     assert not stopped[1].exists()
     zoo.train(*stopped)
     assert stopped[1].read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
+
+
+def test_the_cifar10_plan_trains_selects_and_records_in_a_folder(tmp_path, monkeypatch):
+    """Two seeds of one noise level, one epoch of made-up images: all files appear, the better seed is recorded, other images are refused."""
+    data, out, name = made_up_cifar10(tmp_path / "data.npz"), tmp_path / "out", "cifar10-resnet20-sigma0.50"
+    names = [f"{name}-seed{seed}" for seed in (0, 1)]
+    monkeypatch.setattr(zoo, "MODELS", {name: dataclasses.replace(zoo.MODELS[name], epochs=1) for name in names})
+    monkeypatch.setattr(zoo, "RUNS", {name: dataclasses.replace(zoo.RUNS[name], n=150)})
+    monkeypatch.setattr(zoo, "noisy_accuracy", lambda network, recipe, data: recipe.seed / 10)
+    zoo.cifar10(data, out)
+    best = names[1]
+    record = zoo.load_counts(out / f"records/{name}.npz", model=best, n=150)
+    assert record.header["model_sha256"] == model_hash(load_checkpoint(out / f"models/{best}.safetensors")[0])
+    assert record.index.tolist() == [0, 20, 40]
+    assert not list(out.rglob("*.state"))
+    with pytest.raises(ValueError, match=r"was counted on other images than those of .*OUT="):
+        zoo.cifar10(made_up_cifar10(tmp_path / "other.npz", seed=1), out)
 
 
 def test_unknown_names_list_the_known():
