@@ -64,7 +64,7 @@ format: $(READY) ## ruff format and safe fixes
 models: $(READY) ## retrain the committed digits networks (half a minute)
 	$(BIN)/python -m lib.zoo models
 
-records: $(READY) ## count the votes of every committed digits record again (45 minutes of one core), with a progress bar
+records: $(READY) ## count the votes of every committed digits record again (20 minutes on two cores), with a progress bar
 	$(BIN)/python -m lib.zoo records
 
 cifar10: $(READY) ## CIFAR-10: train, select, record; make cifar10 DATA=<npz, folder or tar.gz> OUT=<folder>; hours, stops and resumes

@@ -22,13 +22,14 @@ from lib import data as datasets
 from lib import losses, models, zoo
 from lib.certify import certify as certify_standard
 from lib.checkpoints import load_checkpoint, model_hash, save_checkpoint
-from lib.checks import check_draws, check_level
-from lib.files import read_bytes, write_atomically
+from lib.checks import check_draws, check_level, difference
+from lib.engine import pick_device
+from lib.files import read_bytes
 from lib.iss import certify_iss, sample_size_map
 from lib.noise import Gaussian
 from lib.records import load_counts
 from lib.report import as_text, draw_curves, formatted, summarize
-from lib.runner import Job, difference, rank, run
+from lib.runner import Job, rank, run
 from lib.train import fit
 
 app = typer.Typer(
@@ -177,7 +178,7 @@ def certify(
         **options, "seed": seed,
     }  # fmt: skip
     engine = {
-        "device": device and _device(device), "dtype": None if dtype == "auto" else getattr(torch, dtype), "block": block,
+        "device": device and pick_device(device), "dtype": None if dtype == "auto" else getattr(torch, dtype), "block": block,
         "layout": layout and str(layout), "compile": "auto" if compile is None else compile, "calibrate": calibrate,
     }  # fmt: skip
     job = Job(network, model, images, labels.numpy(), index, maker(noise, n0, n, alpha, **options), noise, seed, n0 + n, out, settings, engine)
@@ -208,6 +209,8 @@ def train(
     as_json: AsJson = False,
 ):
     """Train a network under noise. Interrupted or killed, the same command continues after the last whole epoch, to the same weights."""
+    if data == "imagenet":
+        raise ValueError("data must be a data set that fits into memory (imagenet does not): train with the field's scripts, certify the result here")
     augment = data == "cifar10" if augment is None else augment
     noise = Gaussian(sigma)
     x, y = datasets.load(data, "train", path=data_path)
@@ -217,8 +220,12 @@ def train(
         "epochs": epochs, "lr": lr, "batch": batch, "weight_decay": weight_decay, "seed": seed, "augment": augment, "average": average,
         "dtype": str(dtype),
     }  # fmt: skip
-    state = _training_state(out, settings)
-    if state:
+    state = out.with_name(out.name + ".state")
+    header = load_checkpoint(out)[1] if out.exists() else None
+    if header and {name: header.get(name) for name in settings} != settings:
+        changed = difference(header, header | settings)
+        raise ValueError(f"{out} was trained with {changed}: give another --out, take the old setting, or delete it (and its .state)")
+    if not header or header.get("epoch") != epochs:
         torch.manual_seed(seed)
         network = models.build(settings["architecture"], settings["data"])
         begin, first = time.perf_counter(), []
@@ -226,7 +233,7 @@ def train(
         def after_epoch(trained, history):
             first.append(len(history))
             accuracy = _noisy_accuracy(trained, held_x, held_y, noise, seed)
-            header = settings | {"epoch": len(history), "noisy_accuracy": accuracy, "torch": torch.__version__}
+            header = settings | {"epoch": len(history), "test_noisy_accuracy": accuracy, "torch": torch.__version__}
             save_checkpoint(out, trained, header, half=False)
             rate = (len(history) - first[0] + 1) / (time.perf_counter() - begin)
             _say(
@@ -236,44 +243,13 @@ def train(
 
         history = fit(
             network, x, y, LOSSES[loss](), noise, epochs, lr, batch, weight_decay=weight_decay, seed=seed, augment=augment, average=average,
-            state=state, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, device=_device(device), after_epoch=after_epoch,
+            state=state, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, device=pick_device(device), after_epoch=after_epoch,
         )  # fmt: skip
         if not first:  # killed after its last epoch, before that one's checkpoint
             after_epoch(network, history)
-        state.unlink()
-        _beside(out, ".settings.json").unlink()
-    header = load_checkpoint(out)[1]
-    print(json.dumps(header) if as_json else f"{out}: noisy accuracy {header['noisy_accuracy']:.3f} after {header['epoch']} epochs")
-
-
-def _training_state(out, settings):
-    """The state file of a training to begin or to go on with; None where it has ended. ValueError where `out` is of other settings."""
-    kept = _beside(out, ".settings.json")
-    old = None
-    if kept.exists():
-        old = json.loads(kept.read_text())
-    elif out.exists():
-        old = load_checkpoint(out)[1]
-    if old is not None and {name: old.get(name) for name in settings} != settings:
-        raise ValueError(f"{out} was trained with {difference(old, settings)}: give another --out, or the old setting")
-    if old is not None and not kept.exists():
-        return None
-    write_atomically(kept, json.dumps(settings, indent=1).encode())
-    return _beside(out, ".state")
-
-
-def _beside(path, suffix):
-    return path.with_name(path.name + suffix)
-
-
-def _device(device):
-    """The device asked for, if it is there; default a GPU where there is one."""
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device must be one that is here, such as cpu, cuda or cuda:1; got {device!r}") from error
-    return device
+        header = load_checkpoint(out)[1]
+    state.unlink(missing_ok=True)
+    print(json.dumps(header) if as_json else f"{out}: noisy accuracy {header['test_noisy_accuracy']:.3f} after {header['epoch']} epochs")
 
 
 @torch.no_grad()

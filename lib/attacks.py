@@ -79,9 +79,8 @@ def _gradient(model, images, y, noise, k, streams, block):
     per_pass = max(1, block // k)
     for first in range(0, len(images), per_pass):
         rows = np.arange(first, min(first + per_pass, len(images)))
-        for draws in [block] * (k // block) + [k % block] if k > block else [k]:
-            if draws:
-                gradient[rows] += _pass(model, images[rows], y[rows], noise, rows, draws, [streams[i] for i in rows]) / k
+        for start in range(0, k, block):
+            gradient[rows] += _pass(model, images[rows], y[rows], noise, rows, min(block, k - start), [streams[i] for i in rows]) / k
     return gradient
 
 

@@ -66,6 +66,11 @@ def predict(counts, n, alpha):
     return np.where(certain, votes.argmax(axis=1), ABSTAIN)
 
 
+def votes_for(prediction, votes):
+    """The votes int64 [B] for each example's class, of votes [B, C]."""
+    return np.take_along_axis(votes, prediction[:, None], axis=1)[:, 0]
+
+
 def certify(counts, noise, n0, n, alpha, prediction=None):
     """CERTIFY: each example's class and a radius inside which it cannot change (Cohen et al. 2019, section 3.2.2, proposition 2).
 
@@ -88,6 +93,5 @@ def certify(counts, noise, n0, n, alpha, prediction=None):
     else:
         prediction = check_labels(prediction, len(counts), "prediction", counts.classes)
     # Fresh draws: the ones that chose the class would make the bound too high.
-    votes = np.take_along_axis(counts.draw(n), prediction[:, None], axis=1)[:, 0]
-    p_lower = clopper_pearson_lower(votes, n, alpha)
+    p_lower = clopper_pearson_lower(votes_for(prediction, counts.draw(n)), n, alpha)
     return Certificates.from_bounds(prediction, p_lower, noise, draws=np.add(n0, n))

@@ -2,7 +2,6 @@
 
 import io
 import json
-import pickle
 import re
 import warnings
 
@@ -32,9 +31,14 @@ def save_checkpoint(path, model, header, half=True):
     """Write a model: safetensors weights (half precision unless half=False) and a header.
 
     header: dict with "architecture" and "data" (see lib.models.build) and provenance (loss, sigma, seed, epochs, accuracy, ...).
+    Raises ValueError where the file could not be read back: a model of other weights than header says, or weights beyond half precision.
     """
     state = {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}
+    with torch.device("meta"):
+        _check_fit(build(header["architecture"], header["data"]), state, "model")
     if half:
+        if large := [k for k, v in state.items() if v.is_floating_point() and v.isfinite().all() and not v.half().isfinite().all()]:
+            raise ValueError(f"model has weights that half precision cannot hold, in {', '.join(large)}: pass half=False")
         state = {k: v.half() if v.is_floating_point() else v for k, v in state.items()}
     write_atomically(path, safetensors.torch.save(state, metadata={"header": json.dumps(header, sort_keys=True)}))
 
@@ -58,8 +62,8 @@ def load_checkpoint(path, architecture=None, data=None):
     try:
         state = safetensors.torch.load(content)
         length = int.from_bytes(content[:8], "little")
-        header = json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["header"])
-    except (safetensors.SafetensorError, ValueError, KeyError) as error:
+        header = dict(json.loads(json.loads(content[8 : 8 + length])["__metadata__"]["header"]))
+    except (safetensors.SafetensorError, ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged or no checkpoint (safetensors of save_checkpoint, or a file of torch.save): {error!r}") from error
     for name, given in (("architecture", architecture), ("data", data)):
         if name not in header:
@@ -76,7 +80,7 @@ def _published(path, content, architecture, data):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of torch, about pickles that it then refuses
             file = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged pickle raises anything
         asked = re.search(r"GLOBAL (\S+)", str(error))
         reason = f" ({asked[1]})" if asked else ""
         raise ValueError(f"{path} is damaged, or holds more than tensors and numbers{reason}, which could run any code and is not read") from error
@@ -128,7 +132,13 @@ def _split(state):
 
 
 def _fill(model, state, path):
-    """Load weights into a model in float32, or a ValueError that lists what is missing, unexpected or of another shape."""
+    """Load weights into a model in float32, where they fit."""
+    _check_fit(model, state, path)
+    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)
+
+
+def _check_fit(model, state, source):
+    """A ValueError that lists what of the weights is missing, unexpected or of another shape."""
     own = model.state_dict()
     # Files from before torch 0.4.1 lack this counter, which the network does not use.
     faults = {
@@ -138,5 +148,4 @@ def _fill(model, state, path):
     }
     if any(faults.values()):
         listed = [f"{what}: {', '.join(k[:10])}{f' and {len(k) - 10} more' if k[10:] else ''}" for what, k in faults.items() if k]
-        raise ValueError(f"{path} does not fit its architecture. {'; '.join(listed)}")
-    model.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()}, strict=False)
+        raise ValueError(f"{source} does not fit its architecture. {'; '.join(listed)}")

@@ -30,14 +30,14 @@ def check_seed(seed):
         raise ValueError(f"seed must be a whole number in [0, 2^32); got {seed!r}")
 
 
-def check_sigma(sigma, name="sigma"):
+def check_sigma(sigma):
     """A noise level: finite and > 0, a scalar or one value per example. Returned as float or float64 array [B]."""
     try:
         array = np.asarray(sigma, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"{name} must be a number or one number per example; got {sigma!r}") from error
+        raise ValueError(f"sigma must be a number or one number per example; got {sigma!r}") from error
     if array.ndim > 1 or array.size == 0 or not np.isfinite(array).all() or (array <= 0).any():
-        raise ValueError(f"{name} must be finite and > 0, a scalar or one value per example; got {sigma!r}")
+        raise ValueError(f"sigma must be finite and > 0, a scalar or one value per example; got {sigma!r}")
     return float(array) if array.ndim == 0 else array
 
 
@@ -49,31 +49,46 @@ def check_probability(p, name):
     return array
 
 
-def check_images(x, name="x", bounded=True):
+def check_images(x, bounded=True):
     """A batch of images: float32 tensor [B, channels, height, width] with values in [0, 1], or with bounded=False any finite ones."""
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"{name} must be a torch.Tensor [B, channels, height, width]; got {type(x).__name__}")
+        raise ValueError(f"x must be a torch.Tensor [B, channels, height, width]; got {type(x).__name__}")
     if x.ndim != 4 or x.shape[0] == 0:
-        raise ValueError(f"{name} must have shape [B, channels, height, width], B >= 1 (one image: x[None]); got {list(x.shape)}")
+        raise ValueError(f"x must have shape [B, channels, height, width], B >= 1 (one image: x[None]); got {list(x.shape)}")
     if x.dtype != torch.float32:
-        raise ValueError(f"{name} must be float32 with pixels in [0, 1] (from uint8: x.float() / 255); got {x.dtype}")
+        raise ValueError(f"x must be float32 with pixels in [0, 1] (from uint8: x.float() / 255); got {x.dtype}")
     low, high = float(x.min()), float(x.max())
     if not bounded and not math.isfinite(low + high):
-        raise ValueError(f"{name} must have finite pixels; got values from {low:.4g} to {high:.4g}")
+        raise ValueError(f"x must have finite pixels; got values from {low:.4g} to {high:.4g}")
     if bounded and not (low >= 0 and high <= 1):
         raise ValueError(
-            f"{name} must have pixels in [0, 1]; got values from {low:.4g} to {high:.4g}. Radii are in units of pixels in [0, 1]: "
+            f"x must have pixels in [0, 1]; got values from {low:.4g} to {high:.4g}. Radii are in units of pixels in [0, 1]: "
             "divide by 255, and put the normalisation inside the model (lib.models.Normalize as its first layer)"
         )
 
 
 def check_labels(labels, size, name="labels", classes=None):
-    """Class labels: `size` whole numbers >= 0 (and < classes, where given), as an int64 array."""
+    """Class labels or indices: `size` whole numbers >= 0 (and < classes, where given), as an int64 array."""
     array = np.asarray(labels)
     if array.shape != (size,) or array.dtype.kind not in "iu":
         raise ValueError(f"{name} must be {size} whole numbers, one per example; got shape {array.shape} of {array.dtype}")
     if size and array.min() < 0:
-        raise ValueError(f"{name} must be class indices >= 0; got {array.min()}")
+        raise ValueError(f"{name} must be >= 0; got {array.min()}")
     if size and classes is not None and array.max() >= classes:
         raise ValueError(f"{name} must be class indices below {classes}, the number of classes; got {array.max()}")
     return array.astype(np.int64)
+
+
+def difference(old, new):
+    """What differs first between two dicts of settings, in words: "sigma = 0.5, not 0.25"."""
+    name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
+    return f"{name} = {old.get(name)!r}, not {new.get(name)!r}"
+
+
+def check_counts(counts):
+    """Votes: whole numbers >= 0 of shape [B, C], as an int64 array of their own."""
+    counts = np.array(counts)
+    if counts.ndim != 2 or counts.dtype.kind not in "iu" or counts.size == 0 or counts.min() < 0:
+        least = f" with {counts.min()} the least" if counts.size else ""
+        raise ValueError(f"counts must be whole numbers >= 0 of shape [B, C]; got shape {counts.shape} of {counts.dtype}{least}")
+    return counts.astype(np.int64)

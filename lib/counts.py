@@ -6,7 +6,7 @@ Every source holds B examples and answers `draw(n)` with int64 class counts [B, 
 
 import numpy as np
 
-from lib.checks import check_labels, check_seed
+from lib.checks import check_counts, check_labels, check_seed
 
 
 def check_request(n, size):
@@ -31,11 +31,7 @@ class RecordedCounts:
     """
 
     def __init__(self, counts, seed=0, index=None):
-        counts = np.array(counts)
-        if counts.ndim != 2 or counts.dtype.kind not in "iu" or counts.size == 0 or counts.min() < 0:
-            least = f" with {counts.min()} the least" if counts.size else ""
-            raise ValueError(f"counts must be whole numbers >= 0 of shape [B, C]; got shape {counts.shape} of {counts.dtype}{least}")
-        self.remaining = counts.astype(np.int64)
+        self.remaining = counts = check_counts(counts)
         self.classes = counts.shape[1]
         check_seed(seed)
         index = np.arange(len(counts)) if index is None else check_labels(index, len(counts), "index")

@@ -7,6 +7,8 @@ import os
 import pathlib
 import pickle
 import tarfile
+import zipfile
+import zlib
 
 import numpy as np
 import pooch
@@ -130,11 +132,11 @@ def _idx(path):
     data = path.read_bytes()
     try:
         data = gzip.decompress(data) if path.suffix == ".gz" else data
-    except (OSError, EOFError) as error:
-        raise ValueError(f"{path} is damaged: {error}. Delete it, so that it is downloaded again") from error
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged: {error}. Replace it by a whole one") from error
     shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(data[3] if len(data) > 3 else 0)]
     if data[:3] != b"\0\0\x08" or len(data) != 4 + 4 * len(shape) + int(np.prod(shape)):
-        raise ValueError(f"{path} is no whole IDX file of bytes. Delete it, so that it is downloaded again")
+        raise ValueError(f"{path} is no whole IDX file of bytes. Replace it by a whole one")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
 
 
@@ -150,7 +152,9 @@ def _cifar10(split, path):
             with tarfile.open(path) as tar:
                 members = [m for m in tar if m.isfile() and pathlib.PurePath(m.name).name.removesuffix(".bin") in batches]
                 files = {pathlib.PurePath(m.name).name: tar.extractfile(m).read() for m in members}
-    except (tarfile.TarError, OSError, EOFError) as error:
+                while tar.fileobj.read(1 << 20):  # to the end, where the checksum is
+                    pass
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged or no tar file: {error}") from error
     missing = [batch for batch in batches if batch not in files and f"{batch}.bin" not in files]
     if missing:
@@ -191,7 +195,7 @@ def _keras(split, path):
     try:
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
-    except (KeyError, ValueError, OSError, EOFError) as error:
+    except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise ValueError(f"{path} must be an npz with x_{split} [N, 32, 32, 3] and y_{split} [N], uint8: {error}") from error
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(f"{path}: x_{split} must be uint8 [N, 32, 32, 3]; got {images.dtype} {list(images.shape)}")

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lib.calibration import calibrated
-from lib.checks import check_draws, check_images, check_seed
+from lib.checks import check_draws, check_images, check_labels, check_seed
 from lib.counts import check_request
 from lib.models import folded
 
@@ -44,6 +44,16 @@ def has_bfloat16(device):
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def pick_device(device=None):
+    """The torch.device asked for, if it is here; by default a GPU where there is one, else the CPU."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device must be one that is here, such as cpu, cuda or cuda:1; got {str(device)!r}") from error
+    return torch.device(device)
 
 
 def default_dtype(model, device):
@@ -91,7 +101,7 @@ class BaseClassifier:
     torch has threads: faster than one pass on all cores, and a vote does not depend on how many there are. Share one BaseClassifier among
     all ModelCounts of a model, so that it is compiled once.
 
-    model  : nn.Module, logits [B, C] from float images [B, *shape] in [0, 1], normalisation inside. Not changed.
+    model  : nn.Module, logits [B, C] from float images [B, *shape] in [0, 1], normalisation inside; each image by itself. Not changed.
     shape  : (channels, height, width) of an image.
     device : default CUDA where there is one, else CPU.
     dtype  : torch.float32 or torch.bfloat16; default by rule (`default_dtype`), never by timing: it is part of what is certified.
@@ -113,7 +123,10 @@ class BaseClassifier:
             raise ValueError(f"layout must be 'channels_last', 'contiguous' or None; got {layout!r}")
         if block is not None:
             check_draws(block=block)
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        mixing = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]
+        if mixing:
+            raise ValueError("model must classify each image by itself: its batch norms without running statistics mix the images of a batch")
+        self.device = pick_device(device)
         self.shape = tuple(shape)
         model = copy.deepcopy(model).eval()
         self.dtype = dtype or default_dtype(model, self.device)
@@ -237,9 +250,7 @@ class ModelCounts:
                 raise ValueError(f"x must hold images of shape {model.shape}, as the BaseClassifier was made for; got {tuple(x.shape[1:])}")
         self.base = model if isinstance(model, BaseClassifier) else BaseClassifier(model, x.shape[1:], **engine)
         self.x, self.noise, self.seed, self.progress = x.detach(), noise, seed, progress
-        self.index = np.arange(len(x)) if index is None else np.asarray(index)
-        if self.index.shape != (len(x),) or self.index.dtype.kind not in "iu" or self.index.min() < 0:
-            raise ValueError(f"index must be {len(x)} whole numbers >= 0, one per example; got {index!r}")
+        self.index = np.arange(len(x)) if index is None else check_labels(index, len(x), "index")
         check_seed(seed)
         if np.ndim(noise.sigma) == 1 and len(noise.sigma) != len(x):
             raise ValueError(f"noise: sigma must be one value, or {len(x)}, one per example of x; got {len(noise.sigma)}")

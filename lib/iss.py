@@ -13,7 +13,7 @@ from scipy.stats import binom
 
 from lib import noise as distributions
 from lib.bounds import clopper_pearson_lower, clopper_pearson_upper
-from lib.certify import Certificates
+from lib.certify import Certificates, votes_for
 from lib.checks import check_draws, check_labels, check_level, check_probability
 from lib.files import read_bytes, write_atomically
 
@@ -185,23 +185,13 @@ def certify_iss(counts, noise, n0, n_max, map, alpha, draws="fresh", prediction=
     if draws not in ("fresh", "reused"):
         raise ValueError(f'draws must be "fresh" (new draws for the bound) or "reused" (as published); got {draws!r}')
     first = counts.draw(n0)
-    prediction = first.argmax(axis=1) if prediction is None else check_labels(prediction, len(counts), "prediction")
-    hits = _votes(first, prediction)
-    k_hat = _sizes_after(hits, n0, map)
-    if draws == "fresh":
-        used, spent = k_hat, n0 + k_hat
-        hits = _votes(counts.draw(k_hat), prediction)
-    else:
-        used = np.where(k_hat > 0, np.maximum(k_hat, n0), 0)
-        spent = np.maximum(k_hat, n0)
-        hits = hits + _votes(counts.draw(np.maximum(k_hat - n0, 0)), prediction)
+    prediction = first.argmax(axis=1) if prediction is None else check_labels(prediction, len(counts), "prediction", counts.classes)
+    hits = votes_for(prediction, first)
+    used, more = _spending(_sizes_after(hits, n0, map), n0, draws)
+    hits = votes_for(prediction, counts.draw(more)) + (hits if draws == "reused" else 0)
     # Without draws there is no bound: 0 hits of 1 stand in, whose bound is 0.
     p_lower = clopper_pearson_lower(np.where(used > 0, hits, 0), np.maximum(used, 1), alpha)
-    return Certificates.from_bounds(prediction, p_lower, noise, draws=spent)
-
-
-def _votes(counts, prediction):
-    return np.take_along_axis(counts, prediction[:, None], axis=1)[:, 0]
+    return Certificates.from_bounds(prediction, p_lower, noise, draws=n0 + more)
 
 
 def _sizes_after(hits, n0, map):
@@ -209,6 +199,13 @@ def _sizes_after(hits, n0, map):
     p_low = clopper_pearson_lower(hits, n0, map.alpha / 2)
     p_up = clopper_pearson_upper(hits, n0, map.alpha / 2)
     return np.where(p_up > 0.5, map(p_low, p_up), 0)
+
+
+def _spending(k_hat, n0, draws):
+    """(draws that the bound uses, draws still to be taken) after n0 have given k_hat."""
+    if draws == "fresh":
+        return k_hat, k_hat
+    return np.where(k_hat > 0, np.maximum(k_hat, n0), 0), np.maximum(k_hat - n0, 0)
 
 
 def failure_rate(p, n0, map, draws="fresh", chosen=True):
@@ -220,6 +217,8 @@ def failure_rate(p, n0, map, draws="fresh", chosen=True):
     """
     check_draws(n0=n0)
     check_probability(p, "p")
+    if n0 > map.n_max:
+        raise ValueError(f"n0 must be at most the map's n_max = {map.n_max} draws; got {n0!r}")
     if draws not in ("fresh", "reused"):
         raise ValueError(f'draws must be "fresh" or "reused"; got {draws!r}')
     first = np.arange(n0 + 1)
@@ -228,11 +227,9 @@ def failure_rate(p, n0, map, draws="fresh", chosen=True):
     swapped = chosen & (2 * first < n0)
     hits = np.where(swapped, n0 - first, first)
     share = np.where(swapped, 1 - p, p)
-    k_hat = _sizes_after(hits, n0, map)
-    used = k_hat if draws == "fresh" else np.where(k_hat > 0, np.maximum(k_hat, n0), 0)
+    used, new = _spending(_sizes_after(hits, n0, map), n0, draws)
     # The smallest count whose bound exceeds the truth: P(X >= count | used, truth) < alpha.
     needed = binom.isf(map.alpha, used, np.maximum(share, 0.5)) + 1
     known = 0 if draws == "fresh" else hits
-    new = used if draws == "fresh" else np.maximum(used - n0, 0)
     fails = np.where(used > 0, binom.sf(needed - known - 1, new, share), 0.0)
     return float(np.sum(weight * fails))

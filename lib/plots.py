@@ -38,19 +38,24 @@ def _write_csv(data, path):
     write_atomically(path, data.to_csv(index=False, float_format="%.12g", lineterminator="\n").encode())
 
 
+def write_png(fig, path):
+    """Write a figure to `path`, whole or not at all, and close it; returns the bytes, the same for the same figure."""
+    buffer = io.BytesIO()
+    fig.savefig(buffer, format="png", metadata={"Software": None})  # without matplotlib's version in it
+    plt.close(fig)
+    write_atomically(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
 def save(fig, name, data):
     """Write figures/NAME.png and figures/NAME.csv and show the figure; nothing partial is left under either name.
 
     name: "NN_notebook/short-name". data: DataFrame, the numbers behind the figure. (Folder: $FIGURES, default figures/.)
     """
-    buffer = io.BytesIO()
-    # Without matplotlib's version in it, the same figure is the same bytes.
-    fig.savefig(buffer, format="png", metadata={"Software": None})
-    plt.close(fig)
-    write_atomically(_folder() / f"{name}.png", buffer.getvalue())
+    png = write_png(fig, _folder() / f"{name}.png")
     _write_csv(data, _folder() / f"{name}.csv")
     # The name in the metadata lets notebooks/run.py link to the file instead of embedding the picture again.
-    picture = {"image/png": base64.b64encode(buffer.getvalue()).decode(), "text/plain": f"figure {name}"}
+    picture = {"image/png": base64.b64encode(png).decode(), "text/plain": f"figure {name}"}
     display(picture, raw=True, metadata={"figure": name})
 
 
@@ -73,9 +78,9 @@ def table(frame, name, caption="", digits=3, bold=None):
     display(Markdown(f"*{caption}*\n\n{text}" if caption else text))
 
 
-def certified_accuracy_curves(axes, curves, radii, unit="pixels in [0, 1]"):
-    """Draw certified accuracy over the radius, one curve a name: curves {name: accuracy [R]}, radii [R] in l2 `unit`."""
+def certified_accuracy_curves(axes, curves, radii):
+    """Draw certified accuracy over the radius, one curve a name: curves {name: accuracy [R]}, radii [R] in l2, pixels in [0, 1]."""
     for (name, accuracy), dash in zip(curves.items(), itertools.cycle(["-", "--", "-.", ":"]), strict=False):
         axes.plot(radii, accuracy, dash, label=name)
-    axes.set(xlabel=f"$\\ell_2$ radius ({unit})", ylabel="certified accuracy", xlim=(0, float(np.max(radii))), ylim=(0, 1))
+    axes.set(xlabel="$\\ell_2$ radius (pixels in [0, 1])", ylabel="certified accuracy", xlim=(0, float(np.max(radii))), ylim=(0, 1))
     axes.legend()

@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from lib.bounds import clopper_pearson_lower
-from lib.checks import check_draws, check_labels, check_level
+from lib.checks import check_counts, check_draws, check_labels, check_level
 from lib.files import read_bytes, sha256, write_atomically
 
 LOG_COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
@@ -31,9 +31,7 @@ def save_counts(path, counts, index, labels, **header):
     counts: whole numbers [B, C]. index, labels: [B]. header: provenance (sigma, seed, model, dtype, ...), stored as JSON. The same content
     gives the same bytes. Never leaves a partial file. Raises ValueError naming the argument.
     """
-    counts = np.asarray(counts)
-    if counts.ndim != 2 or counts.dtype.kind not in "iu" or counts.size == 0 or counts.min() < 0:
-        raise ValueError(f"counts must be whole numbers >= 0 of shape [B, C]; got shape {counts.shape} of {counts.dtype}")
+    counts = check_counts(counts)
     small = np.int32 if counts.max() < 2**31 else np.int64
     arrays = {
         "counts": counts.astype(small),
@@ -154,6 +152,8 @@ def counts_from_log(log, noise, n, alpha):
     """
     check_draws(n=n)
     check_level(alpha=alpha)
+    if not len(log):
+        raise ValueError("log holds no examples: give one with at least one line below its header")
     abstained = (log["predict"] < 0).to_numpy()
     radius = log["radius"].to_numpy()
     rounded = bool((_as_printed(radius, 3) == radius).all())

@@ -1,6 +1,5 @@
 """What the papers report, from logs alone: one row a log."""
 
-import io
 import pathlib
 
 import numpy as np
@@ -22,7 +21,7 @@ def summarize(paths, radii=None):
         if not len(log):
             raise ValueError(f"{path} holds no examples yet")
     if radii is None:
-        radii = np.arange(0, max(log["radius"].max() for log in logs.values()), 0.25)
+        radii = np.arange(0, max(log["radius"].max() for log in logs.values()) or 0.25, 0.25)
     radii = np.asarray(radii, dtype=np.float64)
     if not len(radii) or not (radii >= 0).all():
         raise ValueError(f"radii must be numbers >= 0, in the units of the logs; got {radii.tolist()}")
@@ -34,7 +33,7 @@ def summarize(paths, radii=None):
             "abstained": float((log["predict"] < 0).mean()),
             "draws": float(log["n"].mean()) if "n" in log else np.nan,
             "seconds": float(log["time"].mean()),
-        } | {f"{r:.3g}": a for r, a in zip(radii, accuracy(log, radii), strict=True)}
+        } | {f"{r:.12g}": a for r, a in zip(radii, accuracy(log, radii), strict=True)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("log")
 
 
@@ -73,18 +72,14 @@ def draw_curves(paths, png):
     """Write the certified accuracy of each log over the radius as a PNG."""
     import matplotlib.pyplot as plt
 
-    from lib.files import write_atomically
-    from lib.plots import certified_accuracy_curves, style
+    from lib.plots import certified_accuracy_curves, style, write_png
 
     logs = {pathlib.Path(path).stem if len(paths) > 1 else str(path): read_log(path) for path in paths}
     if len(logs) < len(paths):
         logs = {str(path): read_log(path) for path in paths}
-    radii = np.linspace(0, max(log["radius"].max() for log in logs.values()) * 1.02, 500)
+    radii = np.linspace(0, (max(log["radius"].max() for log in logs.values()) or 1.0) * 1.02, 500)
     style()
     figure, axes = plt.subplots()
     certified_accuracy_curves(axes, {name: accuracy(log, radii) for name, log in logs.items()}, radii)
     axes.set_title("Share of examples that are right and certified beyond the radius")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    plt.close(figure)
-    write_atomically(png, buffer.getvalue())
+    write_png(figure, png)

@@ -26,6 +26,7 @@ import torch
 from torch.distributed.rendezvous import rendezvous
 from tqdm.auto import tqdm
 
+from lib.checks import difference
 from lib.engine import BaseClassifier, ModelCounts
 from lib.files import write_atomically
 from lib.records import LOG_COLUMNS, load_counts, log_line, save_counts
@@ -90,7 +91,7 @@ def rank():
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 
 
-def run(job, progress=None):
+def run(job):
     """Certify what is not yet certified; returns how many examples this call did (all processes together).
 
     Started again after a kill, with as many processes or others, it goes on where it stopped; the finished log and record are the same
@@ -101,7 +102,7 @@ def run(job, progress=None):
     with contextlib.ExitStack() as stack:
         if processes == 1:
             state = _prepare(job, stack)
-            _work(job, state, job.out, range(len(state["todo"])), progress)
+            _work(job, state, job.out, range(len(state["todo"])))
             _merge(job, complete=True)
         else:
             group = _Group(me, processes)
@@ -109,7 +110,7 @@ def run(job, progress=None):
             if job.settings != state["settings"]:
                 raise ValueError(f"rank {me} has other settings than rank 0: {difference(state['settings'], job.settings)}")
             torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
-            _work(job, state, job.path(f".part{me}"), range(me, len(state["todo"]), processes), progress if me == 0 else False)
+            _work(job, state, job.path(f".part{me}"), range(me, len(state["todo"]), processes))
             group.arrive("certified")
             group.agree("merged", lambda: len(_merge(job, complete=True)))
             group.arrive("ended")
@@ -163,10 +164,11 @@ def _prepare(job, stack):
         old = json.loads(file.read())
     except ValueError:
         old = None
-    if old is None:
-        # Nothing, or torn: they are written before anything else, so that there can be no results beside torn settings.
-        if job.out.exists():
-            raise ValueError(f"{job.out} exists, but not how it was made ({job.out.name}.settings.json): give another --out, or move it away")
+    found = [path for path in (job.out, job.path(".votes"), job.path(".npz"), *_parts(job)) if path.exists()]
+    if old is None and found:
+        raise ValueError(f"{found[0]} exists, but not how it was made ({job.out.name}.settings.json): give another --out, or move it away")
+    if old is None or not any(len(_whole_lines(path)) > 1 for path in found if path.suffix != ".npz"):
+        # No settings, or torn ones (they are written before anything else), or those of a run that ended before its first result.
         old = {"settings": job.settings, "engine": _choose_engine(job)}
         file.truncate(0)
         file.write(json.dumps(old, indent=1))
@@ -174,13 +176,18 @@ def _prepare(job, stack):
         os.fsync(file.fileno())
     elif old["settings"] != job.settings:
         raise ValueError(f"{job.out} was made with {difference(old['settings'], job.settings)}: use the old setting, or give another --out")
-    asked = {name: str(value).removeprefix("torch.") for name, value in job.engine.items() if value not in (None, "auto")}
-    asked = {("compiled" if name == "compile" else name): value for name, value in asked.items() if name != "calibrate"}
-    for name, value in asked.items():
-        if str(old["engine"][name]).split(":")[0] != value.split(":")[0]:
-            raise ValueError(f"{job.out} was made with {name} = {old['engine'][name]}, not {value}: leave it out, or give another --out")
+    else:
+        _check_engine(job, old["engine"])
     done = _merge(job)
     return old | {"todo": [int(i) for i in job.index if int(i) not in done]}
+
+
+def _check_engine(job, engine):
+    """Refuse what was asked of the engine where the run has begun with something else."""
+    asked = {("compiled" if name == "compile" else name): str(value).removeprefix("torch.") for name, value in job.engine.items()}
+    for name, value in asked.items():
+        if name in engine and value not in ("None", "auto") and str(engine[name]).split(":")[0] != value.split(":")[0]:
+            raise ValueError(f"{job.out} was made with {name} = {engine[name]}, not {value}: leave it out, or give another --out")
 
 
 def _lock(file, out):
@@ -192,12 +199,6 @@ def _lock(file, out):
         raise ValueError(f"{out} is being written by another process: wait for it, or give another --out") from error
     except OSError:
         pass  # some network file systems know no locks
-
-
-def difference(old, new):
-    """What differs first between two dicts of settings, in words: "sigma = 0.5, not 0.25"."""
-    name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
-    return f"{name} = {old.get(name)!r}, not {new.get(name)!r}"
 
 
 def _choose_engine(job):
@@ -219,7 +220,7 @@ def _device(job, engine):
     return f"cuda:{os.environ['LOCAL_RANK']}" if asked == "cuda" and "LOCAL_RANK" in os.environ else asked
 
 
-def _work(job, state, log, mine, progress):
+def _work(job, state, log, mine):
     """Certify todo[i] for i in `mine`, appending to the log and the votes beside it."""
     if not len(mine):
         return
@@ -237,7 +238,7 @@ def _work(job, state, log, mine, progress):
     with open(log, "a") as lines, open(log.with_name(log.name + ".votes"), "a") as votes:
         if fresh:
             _append(lines, HEADER)
-        with tqdm(total=len(mine), unit=" examples", disable=None if progress is None else not progress, smoothing=0.05) as bar:
+        with tqdm(total=len(mine), unit=" examples", disable=None if rank()[0] == 0 else True, smoothing=0.05) as bar:
             for first in range(0, len(mine), size):
                 index = np.array([state["todo"][i] for i in mine[first : first + size]])
                 _certify_group(job, base, index, lines, votes)
@@ -302,8 +303,7 @@ def _merge(job, complete=False):
     if record.exists() and not votes.exists():
         old = load_counts(record)
         write_atomically(votes, _votes_lines(old.index, old.counts).encode())
-    pattern = re.compile(re.escape(log.name) + r"\.part\d+(\.votes)?")
-    parts = sorted(path for path in log.parent.iterdir() if pattern.fullmatch(path.name))
+    parts = _parts(job)
     done = _read(log, votes)
     for part in parts:
         if part.suffix != ".votes":
@@ -321,6 +321,12 @@ def _merge(job, complete=False):
         _save_record(job, done)
         votes.unlink()
     return set(done)
+
+
+def _parts(job):
+    """Logs and votes of this run's several processes."""
+    pattern = re.compile(re.escape(job.out.name) + r"\.part\d+(\.votes)?")
+    return sorted(path for path in job.out.parent.iterdir() if pattern.fullmatch(path.name))
 
 
 def _write_if_new(path, text):

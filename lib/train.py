@@ -1,6 +1,7 @@
 """One training loop for every loss: SGD with Nesterov momentum under a one-cycle schedule, stopped and resumed at any epoch."""
 
 import copy
+import dataclasses
 import io
 import pathlib
 
@@ -8,8 +9,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from lib.checks import check_draws, check_images, check_labels
-from lib.files import write_atomically
+from lib.checks import check_draws, check_images, check_labels, check_seed, difference
+from lib.files import sha256, write_atomically
 
 
 def one_cycle(step, steps, peak, warm=0.2):
@@ -41,12 +42,22 @@ def fit(
     epochs   : passes over the data under one one-cycle schedule of peak rate `lr`; SGD, Nesterov `momentum`, `weight_decay`, `batch` images.
     augment  : random 4-pixel crops and flips. average: decay of an exponential moving average of the weights, which then is the result.
     dtype    : torch.bfloat16 trains under autocast, channels-last. device: default the model's.
-    state    : path of a state file written after each epoch; where it exists, training resumes from it and ends in the same weights.
+    state    : path of a state file written after each epoch; where it exists, training resumes from it and ends in the same weights. A
+               state of other images or arguments is refused.
     after_epoch : called with (model, history) after each epoch. progress: True, False, None (bar on more than a few seconds).
     Raises ValueError naming the argument.
     """
     check_images(x)
     check_draws(epochs=epochs, batch=batch)
+    check_seed(seed)
+    if dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16; got {dtype!r}")
+    settings = {
+        "images": sha256(x.cpu().numpy().tobytes()) if state else "", "loss": loss if dataclasses.is_dataclass(loss) else type(loss).__name__,
+        "noise": noise, "epochs": epochs, "lr": lr, "batch": batch, "momentum": momentum, "weight_decay": weight_decay, "seed": seed,
+        "augment": augment, "average": average, "dtype": dtype,
+    }  # fmt: skip
+    settings = {name: str(value) for name, value in settings.items()}
     device = torch.device(device) if device else next(model.parameters()).device
     model.to(device).to(memory_format=torch.channels_last)
     with torch.no_grad():
@@ -54,7 +65,7 @@ def fit(
     y = torch.from_numpy(check_labels(torch.as_tensor(y).cpu(), len(x), "y", classes))
     averaged = copy.deepcopy(model) if average else None
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=True)
-    history = _resume(state, model, averaged, optimizer, device)
+    history = _resume(state, settings, model, averaged, optimizer, device)
     steps = max(1, len(x) // batch)
     with tqdm(total=epochs * steps, initial=len(history) * steps, unit=" steps", delay=3, disable=progress is False) as bar:
         for epoch in range(len(history), epochs):
@@ -83,7 +94,7 @@ def fit(
                 raise ValueError(f"training diverged in epoch {epoch + 1} (loss {total / steps}): take a lower lr than {lr}")
             history.append({"epoch": epoch + 1, "loss": total / steps, "lr": rate})
             bar.set_postfix(loss=f"{total / steps:.3f}", refresh=False)
-            _save(state, model, averaged, optimizer, history)
+            _save(state, settings, model, averaged, optimizer, history)
             if after_epoch:
                 after_epoch(averaged or model, history)
     if averaged is not None:
@@ -110,20 +121,22 @@ def _average(averaged, model, decay, step):
             a.copy_(b)
 
 
-def _save(path, model, averaged, optimizer, history):
+def _save(path, settings, model, averaged, optimizer, history):
     if path is None:
         return
     buffer = io.BytesIO()
-    parts = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+    parts = {"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
     torch.save(parts | ({"averaged": averaged.state_dict()} if averaged else {}), buffer)
     write_atomically(path, buffer.getvalue())
 
 
-def _resume(path, model, averaged, optimizer, device):
-    """History of the state file, its weights loaded; [] where there is none."""
+def _resume(path, settings, model, averaged, optimizer, device):
+    """History of the state file, its weights loaded; [] where there is none. ValueError where it is of another training."""
     if path is None or not pathlib.Path(path).exists():
         return []
     parts = torch.load(path, map_location=device, weights_only=True)
+    if parts["settings"] != settings:
+        raise ValueError(f"{path} is of a training with {difference(parts['settings'], settings)}: go on with that, or delete the file")
     model.load_state_dict(parts["model"])
     optimizer.load_state_dict(parts["optimizer"])
     if averaged is not None:

@@ -26,6 +26,7 @@ def digits():
 
 def linear(seed=0):
     """A two-class linear network and its unit normal w, which points from class 0 to class 1."""
+    torch.manual_seed(seed)  # of the bias
     network = nn.Sequential(nn.Flatten(), nn.Linear(64, 2))
     network[1].weight.data = torch.randn(2, 64, generator=torch.Generator().manual_seed(seed)) * 0.3
     weight, bias = network[1].weight.detach(), network[1].bias.detach()
@@ -176,7 +177,7 @@ BAD = [
     ({"k": 2.5}, "k must be a whole number"),
     ({"block": 0}, "block must be at least 1"),
     ({"y": [0]}, "y must be 2 whole numbers"),
-    ({"y": [0, -1]}, "y must be class indices >= 0"),
+    ({"y": [0, -1]}, "y must be >= 0"),
     ({"y": [0, 2]}, "y must be class indices below 2"),
     ({"x": images(2) * 9}, r"x must have pixels in \[0, 1\]"),
     ({"index": [0, 1, 2]}, "index must be 2 whole numbers"),

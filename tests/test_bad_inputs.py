@@ -15,6 +15,7 @@ from lib.certify import Certificates, certify, predict
 from lib.counts import RecordedCounts, SimulatedCounts
 from lib.data import load
 from lib.engine import BaseClassifier, ModelCounts
+from lib.iss import certify_iss, failure_rate, sample_size_map
 from lib.losses import GaussianLoss
 from lib.models import build
 from lib.noise import Gaussian, cohen_radius, lecuyer_radius, li_radius
@@ -37,6 +38,10 @@ def live(x=X, noise=None, model=None, **settings):
     return ModelCounts(network() if model is None else model, x, noise or Gaussian(0.5), **engine | settings)
 
 
+def mixing():
+    return torch.nn.Sequential(torch.nn.BatchNorm2d(1, track_running_stats=False), network())
+
+
 def votes():
     return RecordedCounts([[900, 100], [10, 990]])
 
@@ -49,8 +54,15 @@ def run(n0=10, n=100, alpha=0.001, **kw):
     return certify(votes(), Gaussian(0.5), n0, n, alpha, **kw)
 
 
-def train(x=X, y=Y, epochs=1, batch=2, lr=0.1):
-    return fit(network(), x, y, GaussianLoss(), Gaussian(0.5), epochs, lr=lr, batch=batch)
+def train(x=X, y=Y, epochs=1, batch=2, lr=0.1, **settings):
+    return fit(network(), x, y, GaussianLoss(), Gaussian(0.5), epochs, lr=lr, batch=batch, **settings)
+
+
+SIZES = sample_size_map(100, 0.1, "absolute", Gaussian(0.5), 0.001, step=0.1)
+
+
+def iss(**settings):
+    return certify_iss(votes(), Gaussian(0.5), 10, 100, SIZES, 0.001, **settings)
 
 
 # Name: (call, what its message must hold).
@@ -126,6 +138,8 @@ BAD = {
     "labels negative": (lambda: certificates().frame(labels=[0, -1]), ["labels", ">= 0", "-1"]),
     "prediction of the wrong length": (lambda: run(n0=0, prediction=[0]), ["prediction", "2 whole numbers"]),
     "prediction of an abstention": (lambda: run(n0=0, prediction=[0, -1]), ["prediction", ">= 0", "-1"]),
+    "prediction of no class for ISS": (lambda: iss(prediction=[0, 2]), ["prediction", "below 2", "got 2"]),
+    "n0 of an audit above n_max": (lambda: failure_rate(0.7, 200, SIZES), ["n0", "n_max = 100", "200"]),
     "prediction of no class": (lambda: run(n0=0, prediction=[0, 2]), ["prediction", "below 2", "got 2"]),
     # Images and networks.
     "images as numpy": (lambda: live(X.numpy()), ["x must", "torch.Tensor", "ndarray"]),
@@ -140,6 +154,8 @@ BAD = {
     "images of another shape": (lambda: live(torch.zeros(1, 1, 4, 4), model=live().base), ["x must", "(1, 8, 8)", "(1, 4, 4)"]),
     "model no module": (lambda: live(model=lambda x: x), ["model must", "torch.nn.Module", "function"]),
     "model without classes": (lambda: live(model=torch.nn.Identity()), ["model must", "[B, classes]", "[1, 1, 8, 8]"]),
+    "model that mixes images": (lambda: live(model=mixing()), ["model must", "by itself", "batch norm"]),
+    "device": (lambda: live(device="cuda:99"), ["device", "cuda:99"]),
     "model of NaN": (lambda: live(model=network(math.nan)).draw([0, 7]), ["model", "non-finite", "7 of 7", "example 1", "float32"]),
     "model of infinity": (lambda: live(model=network(math.inf)).draw(7), ["model", "non-finite", "example 0"]),
     "live index negative": (lambda: live(index=[0, -1]), ["index", ">= 0"]),
@@ -156,6 +172,7 @@ BAD = {
     "saved index too long": (lambda: save_counts("never", [[1]], [0, 1], [0]), ["index", "1 whole numbers"]),
     "saved labels negative": (lambda: save_counts("never", [[1]], [0], [-1]), ["labels", ">= 0"]),
     "log of other draws": (lambda: counts_from_log(LOG, Gaussian(0.1), 100, 0.001), ["log", "radius 0.5", "n = 100", "alpha = 0.001", "sigma"]),
+    "log without a line": (lambda: counts_from_log(LOG[:0], Gaussian(0.1), 100, 0.001), ["log", "no examples"]),
     "log with n 0": (lambda: counts_from_log(LOG, Gaussian(0.5), 0, 0.001), ["n must", "at least 1"]),
     "log with alpha 2": (lambda: counts_from_log(LOG, Gaussian(0.5), 100, 2), ["alpha", "(0, 1)"]),
     "architecture unknown": (lambda: build("transformer", "digits"), ["architecture", "small_cnn", "'transformer'"]),
@@ -165,6 +182,8 @@ BAD = {
     "training images up to 255": (lambda: train(X * 255), ["x must", "[0, 1]"]),
     "training labels too few": (lambda: train(y=Y[:1]), ["y must", "2 whole numbers"]),
     "training labels out of range": (lambda: train(y=torch.tensor([0, 3])), ["y must", "below 3", "got 3"]),
+    "training seed": (lambda: train(seed=-1), ["seed", "-1"]),
+    "training dtype": (lambda: train(dtype=torch.float16), ["dtype", "bfloat16", "float16"]),
     "epochs 0": (lambda: train(epochs=0), ["epochs", "at least 1"]),
     "batch real": (lambda: train(batch=1.5), ["batch", "whole", "1.5"]),
     "training that diverges": (lambda: train(lr=1e30, epochs=4), ["diverged", "lower lr", "1e+30"]),

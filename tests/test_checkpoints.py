@@ -187,6 +187,37 @@ def test_wrong_files(tmp_path, name):
         load_checkpoint(tmp_path / "checkpoint")
 
 
+@pytest.mark.parametrize("ours", [True, False])
+def test_a_flipped_bit_is_a_value_error_or_one_weight(tmp_path, ours):
+    """Wherever a published file or one of ours is damaged, nothing but ValueError comes out of reading it."""
+    path = tmp_path / "c"
+    save_checkpoint(path, build("mlp", "digits"), {"architecture": "mlp", "data": "digits"})
+    if not ours:
+        save(path, {"arch": "mlp", "epoch": 3, "state_dict": build("mlp", "digits").state_dict()})
+    whole, refused = path.read_bytes(), 0
+    for place in range(min(1500, len(whole))):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
+        try:
+            load_checkpoint(path, data="digits")
+        except ValueError:
+            refused += 1
+    assert refused > 100
+
+
+def test_what_is_written_can_be_read_or_is_refused(tmp_path):
+    header, path = {"architecture": "mlp", "data": "digits"}, tmp_path / "c"
+    bare = nn.Sequential(nn.Identity(), build("mlp", "digits")[1])
+    with pytest.raises(ValueError, match=r"model does not fit its architecture\. missing: 0\.mean, 0\.std"):
+        save_checkpoint(path, bare, header)
+    large = build("mlp", "digits")
+    nn.init.constant_(large[1][1].bias, 1e5)
+    with pytest.raises(ValueError, match=r"half precision cannot hold, in 1\.1\.bias: pass half=False"):
+        save_checkpoint(path, large, header)
+    assert not path.exists()
+    save_checkpoint(path, large, header, half=False)
+    assert_same_logits(load_checkpoint(path)[0], large.eval(), (1, 8, 8))
+
+
 def test_what_a_refused_file_asks_for_is_named(tmp_path):
     (tmp_path / "c").write_bytes(wrong_files()["code"][0])
     with pytest.raises(ValueError, match=r"\(exec\)|builtins\.exec"):

@@ -167,10 +167,11 @@ def test_a_log_is_not_continued_with_other_settings(reference, option, named):
 def test_a_log_is_not_continued_with_another_network_or_engine(reference, tmp_path, monkeypatch):
     arguments = [a if a != "digits-cnn-sigma0.50" else "digits-cnn-sigma0.25" for a in SMALL]
     assert "model_sha256 = " in refused(*arguments, "--out", reference)
-    settings = json.loads((reference.parent / f"{reference.name}.settings.json").read_text())
+    out = unfinished(reference, tmp_path, 200, 10_000)
+    settings = json.loads(pathlib.Path(f"{out}.settings.json").read_text())
     settings["engine"]["torch"] = "1.0"
-    (tmp_path / "small.tsv.settings.json").write_text(json.dumps(settings))
-    assert "torch = '1.0', not '2" in refused(*SMALL, "--out", tmp_path / "small.tsv")
+    pathlib.Path(f"{out}.settings.json").write_text(json.dumps(settings))
+    assert "torch = '1.0', not '2" in refused(*SMALL, "--out", out)
     (tmp_path / "alone.tsv").write_text("somebody else's")
     assert "alone.tsv exists, but not how it was made" in refused(*SMALL, "--out", tmp_path / "alone.tsv")
     assert (tmp_path / "alone.tsv").read_text() == "somebody else's"
@@ -180,6 +181,42 @@ def test_two_runs_do_not_write_one_log(reference):
     with open(f"{reference}.settings.json") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "being written by another process" in refused(*SMALL, "--out", reference)
+
+
+def test_a_run_that_failed_before_its_first_result_binds_nobody(tmp_path):
+    """Its settings may be corrected, as its error told, under the same name."""
+    arguments = [*SMALL, "--sampler", "iss", "--out", tmp_path / "iss.tsv"]
+    assert "n0 must be at most" in refused(*arguments, "--n0", 400)
+    done(*arguments)
+    assert "n0 = 20, not 10" in refused(*arguments, "--n0", 10)
+
+
+@pytest.mark.parametrize("suffix", ["", ".votes", ".npz", ".part1", ".part1.votes"])
+def test_leftovers_of_another_run_are_not_adopted(reference, tmp_path, suffix):
+    """Certificates that lie about without their settings are not taken for this run's."""
+    left = tmp_path / f"left.tsv{suffix}"
+    left.write_bytes(pathlib.Path(f"{reference}{'.npz' if suffix == '.npz' else ''}").read_bytes())
+    assert f"left.tsv{suffix} exists, but not how it was made" in refused(*SMALL, "--out", tmp_path / "left.tsv")
+
+
+def test_without_a_compiler_a_run_says_so_and_is_eager(tmp_path, monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done(*SMALL[:-1], "--compile", "--out", tmp_path / "eager.tsv")
+    assert load_counts(tmp_path / "eager.tsv.npz").header["compiled"] is False
+
+
+def test_a_run_that_abstains_everywhere_is_reported(tmp_path):
+    out = tmp_path / "few.tsv"
+    done(*SMALL, "--n0", 1, "--n", 5, "--out", out)
+    (row,) = json.loads(done("report", out, "--json", "--png", tmp_path / "few.png"))
+    assert (row["abstained"], row["ACR"], row["0"]) == (1, 0, 0)
+
+
+def test_a_run_of_a_gpu_is_not_continued_without_one(reference, tmp_path):
+    out = unfinished(reference, tmp_path, 200, 10_000)
+    settings = pathlib.Path(f"{out}.settings.json")
+    settings.write_text(settings.read_text().replace('"device": "cpu"', '"device": "cuda:99"'))
+    assert "device must be one that is here" in refused(*SMALL, "--out", out)
 
 
 # ------------------------------------------------------------------ interruptions
@@ -315,6 +352,8 @@ def test_a_report_in_every_form(reference, tmp_path):
     assert r"\textbf{0.822}" in latex
     assert latex.count(r"\\") == 3
     assert "_" not in latex.replace(r"\_", "")
+    (row,) = json.loads(done("report", PUBLISHED, "--json", "--radii", "0.1255,1.2345,0.10001,0.1"))
+    assert {"0.1255", "1.2345", "0.10001", "0.1"} < set(row)
     done("report", *both, "--png", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
@@ -355,10 +394,16 @@ def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
     (model, header), whole = load_checkpoint(out), load_checkpoint(tmp_path / "whole.safetensors")
     assert model_hash(model) == model_hash(whole[0])
     assert header == whole[1]
-    assert header["noisy_accuracy"] > 0.5
+    assert header["test_noisy_accuracy"] > 0.5
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.safetensors", "whole.safetensors"]
     assert json.loads(done(*TRAIN, "--out", out, "--json"))["epoch"] == 3
     assert "sigma = 0.25, not 0.5" in refused(*TRAIN, "--sigma", 0.5, "--out", out)
+
+
+def test_a_training_that_failed_may_be_corrected(tmp_path):
+    arguments = [*TRAIN, "--out", tmp_path / "m.safetensors"]
+    assert "take a lower lr" in refused(*arguments, "--lr", 1e30)
+    done(*arguments)
 
 
 def test_a_trained_network_is_certified(tmp_path):
@@ -392,6 +437,7 @@ def test_a_trained_network_is_certified(tmp_path):
         ("info nowhere", 1, "nowhere does not exist"),
         ("info Makefile", 1, "is damaged or no checkpoint"),
         ("train --sigma 1 --architecture resnet18 --out x", 1, "takes images of 3 channels"),
+        ("train --sigma 1 --data imagenet --out x", 1, "data must be a data set that fits into memory"),
         ("nonsense", 2, "nonsense"),
     ],
 )

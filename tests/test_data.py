@@ -126,6 +126,30 @@ def test_damaged_cifar10_files_are_refused(tmp_path):
         load("cifar10", "test", path=tmp_path / "c.npz")
 
 
+@pytest.mark.parametrize("name", ["cifar.tar.gz", "cifar.npz"])
+def test_no_flipped_bit_of_an_archive_passes_for_images(tmp_path, name):
+    """Each is either refused with a ValueError or was none of the data (a file's date, say)."""
+    images, labels = RNG.integers(0, 256, (6, 3, 32, 32), dtype=np.uint8), RNG.integers(0, 10, 6, dtype=np.uint8)
+    path = tmp_path / name
+    if name.endswith("npz"):
+        np.savez_compressed(path, x_test=images.transpose(0, 2, 3, 1), y_test=labels[:, None])
+    else:
+        (tmp_path / "test_batch.bin").write_bytes(b"".join(bytes([y]) + x.tobytes() for x, y in zip(images, labels, strict=True)))
+        with tarfile.open(path, "w:gz") as tar:
+            tar.add(tmp_path / "test_batch.bin", arcname="test_batch.bin")
+    whole, refused = path.read_bytes(), 0
+    for place in np.linspace(0, len(whole) - 1, 150).astype(int):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 16]) + whole[place + 1 :])
+        try:
+            found, targets = load("cifar10", "test", path=path)
+        except ValueError:
+            refused += 1
+        else:
+            np.testing.assert_array_equal(found.numpy(), images / np.float32(255))
+            np.testing.assert_array_equal(targets, labels)
+    assert refused > 140
+
+
 def test_data_that_is_not_there_says_where_it_belongs(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere does not exist: give the path of cifar10"):
         load("cifar10", "test", path=tmp_path / "nowhere")

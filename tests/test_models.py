@@ -1,6 +1,9 @@
 """The networks: normalisation inside, sizes as published, and checkpoints that come back as they went."""
 
+import json
+
 import pytest
+import safetensors.torch
 import torch
 
 from lib.checkpoints import load_checkpoint, model_hash, save_checkpoint
@@ -103,8 +106,11 @@ def test_a_damaged_or_missing_checkpoint_is_refused(tmp_path):
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-    """A header that names another architecture: missing and misshapen weights are listed."""
-    save_checkpoint(tmp_path / "m.safetensors", digits_cnn(), HEADER | {"architecture": "mlp"})
+    """A header that names another architecture, when it is written and when it is read: missing and misshapen weights are listed."""
+    header = HEADER | {"architecture": "mlp"}
+    with pytest.raises(ValueError, match="model does not fit its architecture"):
+        save_checkpoint(tmp_path / "m.safetensors", digits_cnn(), header)
+    safetensors.torch.save_file(digits_cnn().state_dict(), tmp_path / "m.safetensors", metadata={"header": json.dumps(header)})
     with pytest.raises(ValueError, match="does not fit its architecture"):
         load_checkpoint(tmp_path / "m.safetensors")
 

@@ -149,6 +149,23 @@ def test_a_resumed_training_ends_in_the_same_weights(digits, tmp_path, average):
     assert model_hash(resumed) == model_hash(whole)
 
 
+def test_a_state_of_another_training_is_refused(digits, tmp_path):
+    x, y = digits
+    given = {"epochs": 1, "batch": 32, "state": tmp_path / "state", "progress": False}
+    fit(network(), x, y, GaussianLoss(), NOISE, **given)
+    others = {
+        "lr": lambda: fit(network(), x, y, GaussianLoss(), NOISE, lr=0.2, **given),
+        "weight_decay": lambda: fit(network(), x, y, GaussianLoss(), NOISE, weight_decay=0.0, **given),
+        "seed": lambda: fit(network(), x, y, GaussianLoss(), NOISE, seed=1, **given),
+        "noise": lambda: fit(network(), x, y, GaussianLoss(), Gaussian(0.7), **given),
+        "loss": lambda: fit(network(), x, y, GaussianLoss(0.1), NOISE, **given),
+        "images": lambda: fit(network(), 1 - x, y, GaussianLoss(), NOISE, **given),
+    }
+    for name, call in others.items():
+        with pytest.raises(ValueError, match=f"is of a training with {name} = "):
+            call()
+
+
 def test_averaged_weights_are_the_moving_average(digits):
     """One step an epoch: the mean after each step, recomputed from the weights that plain training of the same seed passes through."""
     x, y = digits[0][:32], digits[1][:32]

@@ -126,6 +126,12 @@ def test_the_cifar10_plan_trains_selects_and_records_in_a_folder(tmp_path, monke
     assert record.header["model_sha256"] == model_hash(load_checkpoint(out / f"models/{best}.safetensors")[0])
     assert record.index.tolist() == [0, 20, 40]
     assert not list(out.rglob("*.state"))
+    # A better seed comes: its votes are counted, those of the other kept.
+    monkeypatch.setattr(zoo, "noisy_accuracy", lambda network, recipe, data: 0.5)
+    (out / f"models/{names[0]}.safetensors").unlink()
+    zoo.cifar10(data, out)
+    assert zoo.load_counts(out / f"records/{name}.npz", model=names[0]).header["n"] == 150
+    assert zoo.load_counts(out / f"records/{best}.npz", model=best).header["n"] == 150
     with pytest.raises(ValueError, match=r"was counted on other images than those of .*OUT="):
         zoo.cifar10(made_up_cifar10(tmp_path / "other.npz", seed=1), out)
 
