@@ -165,7 +165,7 @@ def certify_iss(counts, noise, n0, n_max, map, alpha, draws="fresh", prediction=
         returns the given class on the whole open ball of the given radius. Given the first n0 draws, class and k_hat are fixed, and the
         bound is Clopper and Pearson's on k_hat new draws.
     draws="reused": the paper's. max(k_hat - n0, 0) more draws, the first n0 counting again for the class that they chose;
-        n = max(k_hat, n0), and where 0 < k_hat < n0 the bound uses all n0.
+        n = max(k_hat, n0), and where 0 < k_hat < n0 the bound uses all n0 (line 7 as printed would use the first k_hat of them).
         NO guarantee at alpha: the draws that chose the class and k_hat count twice. The audited worst rates of false certificates
         (`failure_rate`, n_max = 100,000, n0 = 1,000, alpha = .001, sigma .25 - 1) are, at p = 1/2, 1.8 alpha for AD .05 and 1.4 for
         RD .05; with the class given independently 1.00 and 1.04. The decline limits the radius lost, not the failures.
