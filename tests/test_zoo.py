@@ -118,7 +118,7 @@ def test_the_cifar10_plan_trains_selects_and_records_in_a_folder(tmp_path, monke
     data, out, name = made_up_cifar10(tmp_path / "data.npz"), tmp_path / "out", "cifar10-resnet20-sigma0.50"
     names = [f"{name}-seed{seed}" for seed in (0, 1)]
     monkeypatch.setattr(zoo, "MODELS", {name: dataclasses.replace(zoo.MODELS[name], epochs=1) for name in names})
-    monkeypatch.setattr(zoo, "RUNS", {name: dataclasses.replace(zoo.RUNS[name], n=150)})
+    monkeypatch.setattr(zoo, "RUNS", {name: dataclasses.replace(zoo.RUNS[name], model=names[0], n=150)})
     monkeypatch.setattr(zoo, "noisy_accuracy", lambda network, recipe, data: recipe.seed / 10)
     zoo.cifar10(data, out)
     best = names[1]
