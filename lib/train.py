@@ -53,6 +53,7 @@ def fit(
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype must be torch.float32 or torch.bfloat16; got {dtype!r}")
     settings = {
+        "model": f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters",
         "images": sha256(x.cpu().numpy().tobytes()) if state else "", "loss": loss if dataclasses.is_dataclass(loss) else type(loss).__name__,
         "noise": noise, "epochs": epochs, "lr": lr, "batch": batch, "momentum": momentum, "weight_decay": weight_decay, "seed": seed,
         "augment": augment, "average": average, "dtype": dtype,
@@ -135,8 +136,8 @@ def _resume(path, settings, model, averaged, optimizer, device):
     if path is None or not pathlib.Path(path).exists():
         return []
     parts = torch.load(path, map_location=device, weights_only=True)
-    if parts["settings"] != settings:
-        raise ValueError(f"{path} is of a training with {difference(parts['settings'], settings)}: go on with that, or delete the file")
+    if (old := parts.get("settings", {})) != settings:
+        raise ValueError(f"{path} is of a training with {difference(old, settings)}: go on with that, or delete the file")
     model.load_state_dict(parts["model"])
     optimizer.load_state_dict(parts["optimizer"])
     if averaged is not None:

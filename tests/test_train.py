@@ -160,6 +160,7 @@ def test_a_state_of_another_training_is_refused(digits, tmp_path):
         "noise": lambda: fit(network(), x, y, GaussianLoss(), Gaussian(0.7), **given),
         "loss": lambda: fit(network(), x, y, GaussianLoss(0.1), NOISE, **given),
         "images": lambda: fit(network(), 1 - x, y, GaussianLoss(), NOISE, **given),
+        "model": lambda: fit(build("small_cnn", "digits"), x, y, GaussianLoss(), NOISE, **given),
     }
     for name, call in others.items():
         with pytest.raises(ValueError, match=f"is of a training with {name} = "):
