@@ -22,6 +22,9 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 
+CELL_SECONDS = 900  # no cell takes a tenth of it: a kernel that is silent for so long has lost its way
+
+
 def execute(name, profile):
     """Run the notebook with the profile's parameters; returns the path of the executed notebook."""
     parameters = yaml.safe_load((ROOT / "notebooks/profiles" / f"{profile}.yml").read_text()) or {}
@@ -32,8 +35,9 @@ def execute(name, profile):
     source = ROOT / "notebooks" / f"{name}.ipynb"
     quiet = ["--IPKernelApp.log_level=ERROR"]  # else every run warns that a kernel on this machine talks to it in plain text
     papermill.execute_notebook(
-        source, target, parameters.get(name, {}), cwd=str(ROOT), kernel_name="python3", progress_bar=sys.stderr.isatty(), extra_arguments=quiet
-    )
+        source, target, parameters.get(name, {}), cwd=str(ROOT), kernel_name="python3", progress_bar=sys.stderr.isatty(), extra_arguments=quiet,
+        execution_timeout=None if profile == "paper" else CELL_SECONDS,
+    )  # fmt: skip
     return target, folder / name
 
 
@@ -74,6 +78,8 @@ def main():
         executed, folder = execute(name, profile)
     except PapermillExecutionError as error:
         sys.exit(f"notebook {name} failed at profile {profile}, in cell {error.exec_count}: {error.ename}: {error.evalue}")
+    except TimeoutError as error:
+        sys.exit(f"notebook {name} at profile {profile}: a cell did not end within {CELL_SECONDS} s; run the same command again ({error})")
     render(executed, folder)
     print(f"{name} ({profile}): {folder.relative_to(ROOT)}/README.md")
 
