@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from lib.checks import check_draws, check_images, check_labels
+from lib.checks import check_draws, check_images, check_labels, check_seed
 from lib.engine import noise_stream
 
 # Noise of step t is chunk STREAMS + t of the example's stream: no ModelCounts of the same seed gets there (10^14 draws), so that an attack
@@ -33,6 +33,7 @@ def attack_smoothed(model, x, y, noise, radius, steps=20, step_size=0.1, k=1000,
     """
     check_images(x)
     check_draws(steps=steps, k=k, block=block)
+    check_seed(seed)
     radius, step_size = (_per_example(value, len(x), name) for value, name in ((radius, "radius"), (step_size, "step_size")))
     index = np.arange(len(x)) if index is None else check_labels(index, len(x), "index")
     model = copy.deepcopy(model).eval().requires_grad_(False)

@@ -5,11 +5,11 @@ import pytest
 import torch
 from torch import nn
 
-from lib import zoo
+from lib import attacks, zoo
 from lib.attacks import STREAMS, attack_smoothed
 from lib.certify import ABSTAIN, certify, predict
 from lib.data import load
-from lib.engine import BaseClassifier, ModelCounts, noise_stream
+from lib.engine import CHUNK, BaseClassifier, ModelCounts, noise_stream
 from lib.noise import Gaussian
 
 NOISE = Gaussian(0.25)
@@ -143,14 +143,17 @@ def test_sigma_per_example_is_each_examples_own(digits):
     for i in range(6):
         alone = attack_smoothed(network, x[i : i + 1], y[i : i + 1], Gaussian(sigma[i]), 0.5, steps=3, k=20, index=[i])
         np.testing.assert_allclose(both[i : i + 1], alone, atol=1e-4)
+    # Also where each image needs a pass of its own.
+    np.testing.assert_allclose(attack_smoothed(network, x[:6], y[:6], Gaussian(sigma), 0.5, steps=3, k=20, block=20), both, atol=1e-4)
 
 
-def test_the_attack_never_sees_the_draws_that_judge_it():
-    """Same seed and example: the attack's noise is not the noise of any of the first draws of ModelCounts."""
-    judge = np.concatenate([noise_stream(0, 5, chunk, torch.device("cpu")).standard_normal(1000) for chunk in range(3)])
-    own = np.concatenate([noise_stream(0, 5, STREAMS + step, torch.device("cpu")).standard_normal(1000) for step in range(3)])
-    assert not np.isin(own, judge).any()
-    assert len(np.unique(own)) == 3000
+def test_the_attack_never_sees_the_draws_that_judge_it(monkeypatch):
+    """Each step of each example has a stream of its own, beyond every chunk that ModelCounts may draw at the same seed."""
+    asked = []
+    monkeypatch.setattr(attacks, "noise_stream", lambda *arguments: asked.append(arguments[:3]) or noise_stream(*arguments))
+    attack_smoothed(linear()[0], images(2), [0, 1], NOISE, 1.0, steps=3, k=4, seed=6, index=[5, 9])
+    assert asked == [(6, i, STREAMS + step) for step in range(3) for i in (5, 9)]
+    assert STREAMS * CHUNK > 1e12
 
 
 def test_the_model_is_left_as_it_was():
@@ -181,6 +184,8 @@ BAD = [
     ({"y": [0, 2]}, "y must be class indices below 2"),
     ({"x": images(2) * 9}, r"x must have pixels in \[0, 1\]"),
     ({"index": [0, 1, 2]}, "index must be 2 whole numbers"),
+    ({"seed": -1}, r"seed must be a whole number in \[0, 2\^32\)"),
+    ({"seed": 2**32}, "seed must be"),
     ({"model": Broken()}, "model gave non-finite logits"),
 ]
 

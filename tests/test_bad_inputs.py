@@ -68,7 +68,7 @@ def iss(**settings):
 # Name: (call, what its message must hold).
 BAD = {
     # A failure probability.
-    "alpha 0": (lambda: run(alpha=0), ["alpha", "(0, 1)", "0"]),
+    "alpha 0": (lambda: run(alpha=0), ["alpha", "(0, 1)", "got 0"]),
     "alpha 1": (lambda: predict(votes(), 10, 1), ["alpha", "(0, 1)"]),
     "alpha negative": (lambda: bounds.clopper_pearson_lower(3, 5, -0.1), ["alpha", "-0.1"]),
     "alpha NaN": (lambda: run(alpha=math.nan), ["alpha", "nan"]),
@@ -110,6 +110,7 @@ BAD = {
     "index of the wrong length": (lambda: RecordedCounts([[1, 2]], index=[0, 1]), ["index", "1 whole numbers", "(2,)"]),
     "index of a replay negative": (lambda: RecordedCounts([[1, 2]], index=[-1]), ["index", ">= 0", "-1"]),
     "seed of a replay negative": (lambda: RecordedCounts([[1, 2]], seed=-1), ["seed", "-1"]),
+    "seed of a replay of 33 bits": (lambda: RecordedCounts([[1, 2]], seed=2**32), ["seed", "4294967296"]),
     "seed of a replay none": (lambda: RecordedCounts([[1, 2]], seed=None), ["seed", "None"]),
     "probabilities in one row": (lambda: SimulatedCounts([0.5, 0.5]), ["probabilities", "[B, C]"]),
     "probabilities that do not sum to 1": (lambda: SimulatedCounts([[0.5, 0.6]]), ["probabilities", "sum to 1", "1.1"]),
@@ -160,6 +161,7 @@ BAD = {
     "model of infinity": (lambda: live(model=network(math.inf)).draw(7), ["model", "non-finite", "example 0"]),
     "live index negative": (lambda: live(index=[0, -1]), ["index", ">= 0"]),
     "live index too short": (lambda: live(index=[0]), ["index", "2 whole numbers"]),
+    "seed of 33 bits": (lambda: live(seed=2**32), ["seed", "4294967296"]),
     "seed negative": (lambda: live(seed=-1), ["seed", "-1"]),
     "seed real": (lambda: live(seed=1.5), ["seed", "1.5"]),
     "settings of a finished engine": (lambda: ModelCounts(live().base, X, Gaussian(0.5), block=8), ["block", "BaseClassifier"]),

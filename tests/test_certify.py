@@ -74,9 +74,11 @@ def test_certify_with_the_class_given():
 
 
 def test_a_bound_of_one_half_abstains():
-    """One draw at alpha = 1/2: the bound is 1/2 and certifies nothing; a little above, it does."""
+    """One draw at alpha = 1/2: the bound is 1/2, less its rounding, and certifies nothing; a little above, it does. Exactly 1/2 does not, either."""
     assert certify(Scripted([[1, 0]], [[1, 0]]), Gaussian(1.0), n0=1, n=1, alpha=0.5).prediction == ABSTAIN
     assert certify(Scripted([[1, 0]], [[1, 0]]), Gaussian(1.0), n0=1, n=1, alpha=0.501).radius == pytest.approx(norm.ppf(0.501), rel=1e-6)
+    found = Certificates.from_bounds(np.array([3, 3]), np.array([0.5, np.nextafter(0.5, 1)]), Gaussian(1.0), draws=10)
+    np.testing.assert_array_equal(found.prediction, [ABSTAIN, 3])
 
 
 def test_certificates_as_a_table():

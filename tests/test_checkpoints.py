@@ -123,6 +123,12 @@ def test_ours(tmp_path):
     assert header == {"architecture": "small_cnn", "data": "digits", "sigma": 0.5, "format": "ours"}
     with pytest.raises(ValueError, match=r"architecture must be 'small_cnn', as .* says, or be left out; got 'mlp'"):
         load_checkpoint(tmp_path / "m.safetensors", architecture="mlp")
+    with pytest.raises(ValueError, match=r"data must be 'digits', as .* says, or be left out; got 'mnist'"):
+        load_checkpoint(tmp_path / "m.safetensors", data="mnist")
+    for damaged in (b"", (whole := (tmp_path / "m.safetensors").read_bytes())[:-1], whole[8:], whole + b"0"):
+        (tmp_path / "damaged").write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"damaged is damaged or no checkpoint"):
+            load_checkpoint(tmp_path / "damaged")
 
 
 def test_a_plain_dict_of_our_own_network(tmp_path):

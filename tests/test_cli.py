@@ -14,6 +14,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from test_zoo import made_up_cifar10
 from typer.testing import CliRunner
 
 import lib
@@ -139,6 +140,32 @@ def test_input_specific_sampling(tmp_path):
     said = refused(*SMALL, "--sampler", "iss", "--decline", 0.1, "--kind", "relative", "--out", tmp_path / "iss.tsv")
     assert "decline = 0.2, not 0.1" in said
     assert "takes no decline" in refused(*SMALL, "--decline", 0.1, "--out", tmp_path / "new.tsv", code=2)
+
+
+@pytest.mark.parametrize(
+    ("options", "split", "draws"),
+    [("", "train", None), ("--sampler iss", "test", "fresh"), ("--sampler iss --draws reused", "test", "reused")],
+)
+def test_every_option_reaches_the_sampler(tmp_path, options, split, draws):
+    """alpha, seed, split and the sampler's own, the default of its draws among them: the library's certificates, and the labels of those images."""
+    out, x, y, index = tmp_path / "o.tsv", *data.load("digits", split), np.arange(0, 24, 4)
+    done(*SMALL, "--skip", 4, "--stop", 24, "--alpha", 0.05, "--seed", 7, "--split", split, *options.split(), "--out", out)
+    base = BaseClassifier(zoo.model("digits-cnn-sigma0.50"), (1, 8, 8), dtype=torch.float32, block=64, layout="contiguous", compile=False)
+    live = ModelCounts(base, x[index], Gaussian(0.5), index=index, seed=7, progress=False)
+    if draws:
+        expected = certify_iss(live, Gaussian(0.5), 20, 300, sample_size_map(300, 0.05, "absolute", Gaussian(0.5), 0.05), 0.05, draws)
+    else:
+        expected = certify(live, Gaussian(0.5), 20, 300, 0.05)
+    rows = without_time(out)
+    assert [(float(row[3]), int(row[5])) for row in rows] == list(zip(expected.radius.tolist(), expected.n.tolist(), strict=True))
+    record = load_counts(f"{out}.npz", seed=7, alpha=0.05, split=split)
+    np.testing.assert_array_equal(record.index, index)
+    np.testing.assert_array_equal(record.labels, y[index])
+
+
+def test_the_precision_asked_for_is_the_one_that_runs(tmp_path):
+    done(*SMALL, "--dtype", "bfloat16", "--out", tmp_path / "o.tsv")
+    assert load_counts(tmp_path / "o.tsv.npz").header["dtype"] == "bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -290,7 +317,6 @@ def test_ctrl_c_says_how_to_go_on(reference, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         certify_group(*arguments)
 
-    monkeypatch.setattr(runner, "BLOCKS", 20)
     monkeypatch.setattr(runner, "_certify_group", interrupted)
     assert "the same command continues" in refused(*SMALL, "--out", tmp_path / "small.tsv", code=130)
     assert "8 examples certified" in call(*SMALL, "--out", tmp_path / "small.tsv")[2]
@@ -299,7 +325,7 @@ def test_ctrl_c_says_how_to_go_on(reference, tmp_path, monkeypatch):
 
 def test_kill_9_twice(tmp_path):
     """A real process, killed while it writes its log, twice: what a third one completes is what one alone writes."""
-    arguments = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--n", "1000", "--stop", "100", *ENGINE]
+    arguments = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--n", "1000", "--stop", "200", *ENGINE]
     out = tmp_path / "killed.tsv"
     kept, environment = 0, os.environ | {"OMP_NUM_THREADS": "1"}
     for _ in range(2):
@@ -310,7 +336,7 @@ def test_kill_9_twice(tmp_path):
         process.kill()
         assert process.wait() == -9
         now = out.read_bytes().count(b"\n") - 1
-        assert kept < now < 100
+        assert kept < now < 200
         kept = now
     done(*arguments, "--out", out)
     done(*arguments, "--out", tmp_path / "alone.tsv")
@@ -333,6 +359,13 @@ def test_the_report_on_the_published_imagenet_log():
     assert found["abstained"] == sum(row[2] == "-1" for row in rows) / 500
     assert found["draws"] is None
     assert "0.822" in done("report", PUBLISHED)
+
+
+def test_draws_and_seconds_are_means(tmp_path):
+    lines = ["idx\tlabel\tpredict\tradius\tcorrect\ttime\tn", "0\t1\t1\t0.5\t1\t0:00:01\t100", "1\t1\t-1\t0.0\t0\t0:00:03\t300"]
+    (tmp_path / "two.tsv").write_text("\n".join(lines) + "\n")
+    (row,) = json.loads(done("report", tmp_path / "two.tsv", "--json"))
+    assert (row["draws"], row["seconds"], row["ACR"], row["abstained"]) == (200, 2, 0.25, 0.5)
 
 
 def test_a_report_in_every_form(reference, tmp_path):
@@ -400,6 +433,23 @@ def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
     assert "sigma = 0.25, not 0.5" in refused(*TRAIN, "--sigma", 0.5, "--out", out)
 
 
+@pytest.mark.parametrize(("options", "augment"), [("--augment", True), ("", False), ("--data cifar10 --data-path data.npz", True)])
+def test_training_is_told_what_was_asked(tmp_path, monkeypatch, options, augment):
+    told, fit = {}, cli.fit
+    monkeypatch.chdir(tmp_path)
+    made_up_cifar10(tmp_path / "data.npz")
+
+    def spy(*arguments, **named):
+        told.update(named)
+        return fit(*arguments, **named)
+
+    monkeypatch.setattr(cli, "fit", spy)
+    asked = ["--epochs", 1, "--seed", 3, "--average", 0.9, "--dtype", "bfloat16", "--weight-decay", 0, *options.split()]
+    done(*TRAIN, *asked, "--out", "m.safetensors")
+    expected = {"seed": 3, "average": 0.9, "dtype": torch.bfloat16, "weight_decay": 0, "augment": augment}
+    assert {name: told[name] for name in expected} == expected
+
+
 def test_a_training_that_failed_may_be_corrected(tmp_path):
     arguments = [*TRAIN, "--out", tmp_path / "m.safetensors"]
     assert "take a lower lr" in refused(*arguments, "--lr", 1e30)
@@ -451,6 +501,14 @@ def test_wrong_usage(arguments, code, message, tmp_path, monkeypatch):
     if code == 1:
         assert said.strip().count("\n") == 0
     assert not (tmp_path / "x").exists()
+
+
+def test_an_error_of_torch_is_one_line(tmp_path, monkeypatch):
+    def fails(job):
+        raise RuntimeError("out of memory\nat length")
+
+    monkeypatch.setattr(cli, "run", fails)
+    assert refused(*SMALL, "--out", tmp_path / "o.tsv") == "error: out of memory (--debug shows where)\n"
 
 
 def test_debug_shows_the_error_itself():

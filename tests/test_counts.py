@@ -114,6 +114,12 @@ def test_equal_examples_are_drawn_independently():
     assert abs(np.corrcoef(drawn[1:], drawn[:-1])[0, 1]) < 4.5 / np.sqrt(COPIES)
 
 
+def test_replays_of_neighbouring_seeds_share_no_streams():
+    """Were a stream a function of seed + index, example i + 1 at seed 0 would be drawn as example i at seed 1."""
+    first, second = (RecordedCounts(np.tile([500, 500], (40, 1)), seed=seed).draw(400)[:, 0] for seed in (0, 1))
+    assert (first[1:] == second[:-1]).mean() < 0.5
+
+
 def test_the_record_given_is_not_changed():
     votes = np.array([[6, 4]])
     RecordedCounts(votes).draw(5)

@@ -8,7 +8,11 @@ import subprocess
 import sys
 import time
 
+import numpy as np
+import pytest
 from test_cli import ENGINE, ROOT, done, one_thread, without_time
+
+from lib import runner
 
 __all__ = ["one_thread"]  # a fixture, used by itself
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lib"]
@@ -84,7 +88,25 @@ def test_one_process_finishes_what_two_began(tmp_path):
     assert (tmp_path / "begun.tsv.npz").read_bytes() == (tmp_path / "one.tsv.npz").read_bytes()
 
 
-def test_two_processes_end_together_where_settings_differ(tmp_path):
+def test_a_process_with_other_settings_is_refused(tmp_path, monkeypatch):
+    """A machine of the same run that was started with another line, seen from that machine."""
+
+    class Group:
+        def __init__(self, me, processes):
+            pass
+
+        def agree(self, name, function):
+            return {"settings": {"sigma": 0.25}, "engine": {}, "todo": [0]}
+
+    monkeypatch.setattr(runner, "_Group", Group)
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    job = runner.Job(None, "", None, None, np.arange(1), None, None, 0, 10, tmp_path / "x.tsv", {"sigma": 0.5}, {})
+    with pytest.raises(ValueError, match=r"rank 1 has other settings than rank 0: sigma = 0\.25, not 0\.5"):
+        runner.run(job)
+
+
+def test_two_processes_end_together_where_one_fails(tmp_path):
     (tmp_path / "x.tsv").write_text("")
     torchrun = start(tmp_path / "x.tsv")
     said = torchrun.communicate(timeout=120)[0]

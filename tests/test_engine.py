@@ -8,8 +8,9 @@ import torch
 from scipy.stats import binom, binomtest, chisquare, kstest, norm
 from torch import nn
 
+from lib import engine
 from lib.certify import certify
-from lib.engine import CHUNK, BaseClassifier, ModelCounts
+from lib.engine import CHUNK, BaseClassifier, ModelCounts, noise_stream
 from lib.models import folded
 from lib.noise import Gaussian
 
@@ -102,6 +103,14 @@ def test_one_sigma_per_example():
         assert chisquare(c, c.sum() * p).pvalue > 1e-4
 
 
+def test_the_sigma_of_an_example_is_found_by_its_place_not_by_its_index():
+    model, x, sigma, index = steps(), images(3), np.array([0.2, 0.4, 1.5]), [2, 0, 1]
+    together = ModelCounts(model, x, Gaussian(sigma), index=index, **PLAIN).draw(300)
+    for i in range(3):
+        alone = ModelCounts(model, x[i : i + 1], Gaussian(sigma[i]), index=index[i : i + 1], **PLAIN).draw(300)
+        np.testing.assert_array_equal(together[i], alone[0])
+
+
 def test_certificates_of_a_linear_network_respect_the_true_margin():
     """The true radius is the distance to the boundary, |w'x + b| / ||w||; 400 certificates at alpha = 1/20 exceed it no more often."""
     weight = np.random.default_rng(0).normal(size=16)
@@ -165,6 +174,24 @@ def test_noise_of_a_draw_hangs_on_seed_index_and_number_alone():
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
+def test_streams_of_a_gpu_are_seeded_apart(monkeypatch):
+    """Without a GPU at hand: what torch's generator is given for each (seed, index, chunk) uses its 63 bits, and no two are equal."""
+
+    class Generator:
+        def __init__(self, device):
+            self.device = device
+
+        def manual_seed(self, seed):
+            return seed
+
+    monkeypatch.setattr(torch, "Generator", Generator)
+    cases = [(seed, index, chunk) for seed in range(4) for index in range(20) for chunk in (0, 1, 2, 1 << 40)]
+    seeds = {noise_stream(*case, torch.device("cuda")) for case in cases}
+    assert len(seeds) == len(cases)
+    assert all(0 <= seed < 1 << 63 for seed in seeds)
+    assert max(seeds) > 1 << 60
+
+
 # ------------------------------------------------------------------ the same counts however they are asked for
 
 
@@ -209,6 +236,37 @@ def test_a_compiled_engine_counts_the_same_votes():
     expected = eager.draw([1000, 1500, 700])
     np.testing.assert_array_equal(compiled.draw([1000, 1500, 700]), expected)
     assert ((expected > 0).sum(axis=1) > 1).all()
+
+
+def test_the_default_precision_follows_size_and_hardware(monkeypatch):
+    """Part of what is certified: bfloat16 for 100,000 parameters and more, where the hardware has it."""
+    for has in (True, False):
+        monkeypatch.setattr(engine, "has_bfloat16", lambda device, has=has: has)
+        for outputs, dtype in ((99, torch.float32), (100, torch.bfloat16 if has else torch.float32)):
+            assert engine.default_dtype(nn.Linear(1000, outputs, bias=False), torch.device("cpu")) is dtype
+
+
+@pytest.mark.parametrize(("faster", "compiled"), [(True, True), (False, False)])
+def test_long_jobs_are_compiled_where_that_is_faster(monkeypatch, faster, compiled):
+    """By "auto": not for few draws, not where compiling takes longer than it saves, and never kept where it is slower."""
+    base = BaseClassifier(steps(), SHAPE, **PLAIN | {"compile": "auto"})
+    eager, times = base._voter, iter([1.0, 1.0, 0.5 if faster else 2.0])
+
+    def compile():
+        base._voter, base.compiled = object(), True
+
+    monkeypatch.setattr(base, "compile", compile)
+    monkeypatch.setattr(base, "_seconds", lambda: next(times))
+    base.consider_compiling(19 * 64)  # not even timed
+    base.consider_compiling(29 * 64 * base.workers)
+    assert not base.compiled
+    base.consider_compiling(31 * 64 * base.workers)
+    assert (base.compiled, base._voter is not eager) == (compiled, compiled)
+
+
+def test_without_calibration_the_settings_are_fixed():
+    settings = BaseClassifier(steps(), SHAPE, device="cpu", dtype=torch.float32, compile=False, calibrate=False).settings
+    assert (settings["block"], settings["layout"]) == (128, "channels_last")
 
 
 def small_resnet():
@@ -325,16 +383,6 @@ def test_asking_nothing_runs_nothing():
     np.testing.assert_array_equal(source.draw(0), np.zeros((3, 2)))
     np.testing.assert_array_equal(source.draw([0, 5, 0]).sum(axis=1), [0, 5, 0])
     assert len(source.base._voter.model.seen) == before + 1
-
-
-def test_draws_go_on_where_they_stopped():
-    """Two calls never count the same noise twice: their sum has the variance of one long run's votes, and is exactly that run's."""
-    model, x = steps(), images(4)
-    once = ModelCounts(model, x, Gaussian(0.3), **PLAIN).draw(500)
-    source = ModelCounts(model, x, Gaussian(0.3), **PLAIN)
-    first, second = source.draw(250), source.draw(250)
-    np.testing.assert_array_equal(first + second, once)
-    assert (first != second).any()
 
 
 def test_votes_of_many_examples_are_binomial_together():

@@ -8,7 +8,7 @@ import torch
 
 from lib.checkpoints import load_checkpoint, model_hash, save_checkpoint
 from lib.data import INFO
-from lib.models import ARCHITECTURES, Normalize, build
+from lib.models import Normalize, build
 
 HEADER = {"architecture": "small_cnn", "data": "digits", "sigma": 0.5, "seed": 3}
 
@@ -62,18 +62,6 @@ def test_the_resnets_shortcut_keeps_the_shape_of_each_stage():
     assert shapes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
 
 
-def test_a_checkpoint_in_full_precision_is_the_same_network(tmp_path):
-    model = digits_cnn()
-    save_checkpoint(tmp_path / "m.safetensors", model, HEADER, half=False)
-    loaded, header = load_checkpoint(tmp_path / "m.safetensors")
-    assert model_hash(loaded) == model_hash(model)
-    assert {k: header[k] for k in HEADER} == HEADER
-    assert not loaded.training
-    x = torch.rand(4, 1, 8, 8)
-    with torch.no_grad():
-        assert torch.equal(loaded(x), model(x))
-
-
 def test_a_checkpoint_in_half_precision_is_the_rounded_network(tmp_path):
     model = digits_cnn()
     save_checkpoint(tmp_path / "m.safetensors", model, HEADER)
@@ -93,18 +81,6 @@ def test_the_hash_tells_networks_apart():
     assert model_hash(changed) != model_hash(model)
 
 
-def test_a_damaged_or_missing_checkpoint_is_refused(tmp_path):
-    path = tmp_path / "m.safetensors"
-    save_checkpoint(path, digits_cnn(), HEADER)
-    whole = path.read_bytes()
-    for damaged in (b"", b"not a network", whole[:-1], whole[: len(whole) // 2], whole[8:], whole + b"0"):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"m\.safetensors is damaged or no checkpoint"):
-            load_checkpoint(path)
-    with pytest.raises(FileNotFoundError, match=r"none\.safetensors does not exist"):
-        load_checkpoint(tmp_path / "none.safetensors")
-
-
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     """A header that names another architecture, when it is written and when it is read: missing and misshapen weights are listed."""
     header = HEADER | {"architecture": "mlp"}
@@ -113,7 +89,3 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     safetensors.torch.save_file(digits_cnn().state_dict(), tmp_path / "m.safetensors", metadata={"header": json.dumps(header)})
     with pytest.raises(ValueError, match="does not fit its architecture"):
         load_checkpoint(tmp_path / "m.safetensors")
-
-
-def test_every_architecture_has_a_name_that_build_knows():
-    assert {"mlp", "small_cnn", "cifar_resnet20", "cifar_resnet110", "resnet18", "resnet50"} <= set(ARCHITECTURES)

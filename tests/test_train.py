@@ -1,10 +1,12 @@
 """Training: the loss by hand, the schedule, augmentation pixel by pixel, reproducible and resumable runs that learn."""
 
+import collections
 import copy
 
 import numpy as np
 import pytest
 import torch
+from scipy.stats import chisquare
 
 from lib.checkpoints import model_hash
 from lib.data import load
@@ -84,7 +86,10 @@ def test_crop_and_flip_gives_a_window_of_the_reflected_image():
             windows[window[:, :, ::-1].tobytes()] = (top, left, True)
     assert len(windows) == 162
     out = crop_and_flip(x.expand(3000, -1, -1, -1), torch.Generator().manual_seed(1))
-    assert {windows[image.tobytes()] for image in out.contiguous().numpy()} == set(windows.values())
+    found = [windows[image.tobytes()] for image in out.contiguous().numpy()]
+    assert set(found) == set(windows.values())
+    # Each equally likely.
+    assert chisquare(list(collections.Counter(found).values())).pvalue > 1e-4
 
 
 # ------------------------------------------------------------------ the loop
@@ -99,6 +104,30 @@ def test_training_learns_and_says_how(digits):
     x, y = load("digits", "test")
     with torch.no_grad():
         assert (model(x).argmax(dim=1) == y).float().mean() > 0.85
+
+
+def test_the_optimizer_and_its_schedule_by_hand():
+    """SGD with Nesterov momentum and weight decay under one cycle, on |w|^2 / 2, whose gradient is w."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.tensor([1.0, -0.5]))
+
+        def forward(self, x):
+            return x.flatten(1)[:, :1] * self.w
+
+    model, x, y = Scaled(), torch.full((4, 1, 1, 1), 0.5), torch.tensor([0, 1, 0, 1])
+    expected, velocity = np.array([1.0, -0.5]), 0.0
+    settings = {"epochs": 5, "lr": 0.3, "batch": 2, "momentum": 0.8, "weight_decay": 0.1, "progress": False}
+    fit(model, x, y, lambda model, *others: model.w.square().sum() / 2, NOISE, **settings)
+    for step in range(10):
+        share = (step + 0.5) / 10
+        rate = 0.3 * min(share / 0.2, (1 - share) / 0.8)
+        gradient = expected + 0.1 * expected
+        velocity = 0.8 * velocity + gradient
+        expected = expected - rate * (gradient + 0.8 * velocity)
+    np.testing.assert_allclose(model.w.detach(), expected, rtol=1e-5)
 
 
 def test_each_epoch_sees_every_image_once_in_an_order_of_its_own(digits):

@@ -28,6 +28,9 @@ def test_records_belong_to_the_committed_networks(name):
     assert (record.counts.sum(axis=1) == record.header["n"]).all()
     assert record.header["n"] == run.n or (run.every == 20 and 1000 < record.header["n"] < run.n)  # those of CIFAR-10 may still grow
     assert record.header["seed"] == run.seed
+    assert record.index.tolist() == list(range(0, 10_000 if run.every == 20 else 360, run.every))
+    if run.every == 1:
+        np.testing.assert_array_equal(record.labels, zoo.load("digits", "test")[1])
 
 
 def test_a_record_stopped_and_continued_equals_one_counted_at_once(tmp_path, monkeypatch):
@@ -55,6 +58,52 @@ def test_a_record_stopped_and_continued_equals_one_counted_at_once(tmp_path, mon
         zoo.record(name, path, index=some[1:])
     with pytest.raises(ValueError, match=r"was recorded with model = 'digits-cnn-sigma0\.25'"):
         zoo.record("digits-cnn-sigma0.50", path, index=some)
+
+
+def test_a_record_of_some_images_holds_their_votes_and_labels(tmp_path):
+    """Image by image what a record of all has: in the file, and live from `counts`, which stores nothing."""
+    name, some = "digits-cnn-sigma0.25-n1000", np.array([7, 40, 133])
+    zoo.record(name, tmp_path / "some.npz", n=200, index=some)
+    found, whole = zoo.load_counts(tmp_path / "some.npz"), zoo.counts(name, n=200, index=np.arange(134), folder=tmp_path)
+    np.testing.assert_array_equal(found.counts, whole.counts[some])
+    np.testing.assert_array_equal(found.labels, zoo.load("digits", "test")[1][some])
+    np.testing.assert_array_equal(whole.labels, zoo.load("digits", "test")[1][:134])
+    assert [path.name for path in tmp_path.iterdir()] == ["some.npz"]
+
+
+def test_a_record_that_is_missing_or_short_is_counted(tmp_path, monkeypatch):
+    name = "digits-cnn-sigma0.25-n1000"
+    monkeypatch.setitem(zoo.RUNS, name, dataclasses.replace(zoo.RUNS[name], n=30))
+    zoo.record(name, tmp_path / f"{name}.npz", n=10)
+    assert zoo.counts(name, folder=tmp_path).header["n"] == 30
+    assert zoo.load_counts(tmp_path / f"{name}.npz").header["n"] == 30
+
+
+def test_networks_are_chosen_on_images_that_are_never_certified(monkeypatch):
+    """Noisy accuracy is measured at the recipe's noise, on images of which no record of CIFAR-10 holds any."""
+    asked = []
+
+    def spy(base, x, noise, index, **settings):
+        asked.append((noise.sigma, index.tolist()))
+        return zoo_counts(base, x, noise, index=index, **settings)
+
+    zoo_counts = zoo.ModelCounts
+    monkeypatch.setattr(zoo, "ModelCounts", spy)
+    recipe, network = zoo.MODELS["digits-cnn-sigma0.25"], zoo.model("digits-cnn-sigma0.25")
+    found = zoo.noisy_accuracy(network, recipe, draws=400)
+    assert asked == [(0.25, list(range(1, 360, 20)))]
+    record = zoo.counts("digits-cnn-sigma0.25")
+    share = record.counts[1::20][np.arange(18), record.labels[1::20]].sum() / record.counts[1::20].sum()
+    assert found == pytest.approx(share, abs=4.5 * 0.5 / np.sqrt(18 * 400))
+
+
+def test_training_is_told_the_recipe(tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(zoo, "fit", lambda network, x, y, loss, noise, *settings, **named: told.append((noise, settings, named)))
+    monkeypatch.setitem(zoo.MODELS, "x", zoo.Recipe("small_cnn", "digits", 0.3, 4, 5, 0.2, 32, True, 0.9, 1e-3, "bfloat16"))
+    zoo.train("x", tmp_path / "x.safetensors", state="s")
+    named = {"weight_decay": 1e-3, "seed": 4, "augment": True, "average": 0.9, "dtype": torch.bfloat16, "state": "s"}
+    assert told == [(zoo.Gaussian(0.3), (5, 0.2, 32), named)]
 
 
 @pytest.mark.parametrize("sigma", zoo.BEST)
@@ -134,6 +183,13 @@ def test_the_cifar10_plan_trains_selects_and_records_in_a_folder(tmp_path, monke
     assert zoo.load_counts(out / f"records/{best}.npz", model=best).header["n"] == 150
     with pytest.raises(ValueError, match=r"was counted on other images than those of .*OUT="):
         zoo.cifar10(made_up_cifar10(tmp_path / "other.npz", seed=1), out)
+
+
+def test_the_command_says_how_it_is_used(tmp_path):
+    with pytest.raises(SystemExit, match=r"usage: python -m lib\.zoo"):
+        zoo.main("cifar10")
+    with pytest.raises(SystemExit, match=r"error: .*nowhere does not exist"):
+        zoo.main("cifar10", str(tmp_path / "nowhere"))
 
 
 def test_unknown_names_list_the_known():
