@@ -168,8 +168,10 @@ def test_the_cifar10_plan_trains_selects_and_records_in_a_folder(tmp_path, monke
     names = [f"{name}-seed{seed}" for seed in (0, 1)]
     monkeypatch.setattr(zoo, "MODELS", {name: dataclasses.replace(zoo.MODELS[name], epochs=1) for name in names})
     monkeypatch.setattr(zoo, "RUNS", {name: dataclasses.replace(zoo.RUNS[name], model=names[0], n=150)})
-    monkeypatch.setattr(zoo, "noisy_accuracy", lambda network, recipe, data: recipe.seed / 10)
+    told = []
+    monkeypatch.setattr(zoo, "noisy_accuracy", lambda network, recipe, data: told.append(recipe) or recipe.seed / 10)
     zoo.cifar10(data, out)
+    assert told == list(zoo.MODELS.values())
     best = names[1]
     record = zoo.load_counts(out / f"records/{name}.npz", model=best, n=150)
     assert record.header["model_sha256"] == model_hash(load_checkpoint(out / f"models/{best}.safetensors")[0])
