@@ -173,9 +173,8 @@ def certify(
         raise typer.BadParameter(f"sampler {sampler} takes no {', '.join(sorted(set(given) - set(defaults)))}")
     options = defaults | given
     settings = {
-        "model_sha256": model_hash(network), "data": name, "split": str(split), "data_sha256": datasets.content_hash(images),
-        "start": start, "stop": int(index[-1]) + 1, "skip": skip, "sigma": sigma, "n0": n0, "n": n, "alpha": alpha, "sampler": str(sampler),
-        **options, "seed": seed,
+        "data": name, "split": str(split), "start": start, "skip": skip, "stop": int(index[-1]) + 1, "sigma": sigma, "n0": n0, "n": n,
+        "alpha": alpha, "sampler": str(sampler), **options,
     }  # fmt: skip
     engine = {
         "device": device and pick_device(device), "dtype": None if dtype == "auto" else getattr(torch, dtype), "block": block,
@@ -321,7 +320,8 @@ def info(
         found = {"kind": "log"} | _rows(summarize([path]))[0]
     elif path.suffix == ".npz":
         record = load_counts(path)
-        found = {"kind": "record", "examples": len(record.index), "classes": record.counts.shape[1]} | record.header
+        header = {"decline kind" if name == "kind" else name: value for name, value in record.header.items()}
+        found = {"kind": "record", "examples": len(record.index), "classes": record.counts.shape[1]} | header
         found |= {"votes": int(record.counts.sum())}
     else:
         network, header = load_checkpoint(path, architecture and str(architecture), data and str(data))

@@ -8,6 +8,7 @@ from torch.nn import functional
 
 from lib.checks import check_draws, check_images, check_labels, check_seed
 from lib.engine import noise_stream
+from lib.probe import logits_of
 
 # Noise of step t is chunk STREAMS + t of the example's stream: no ModelCounts of the same seed gets there (10^14 draws), so that an attack
 # is never tuned to the draws that later judge it.
@@ -38,7 +39,7 @@ def attack_smoothed(model, x, y, noise, radius, steps=20, step_size=0.1, k=1000,
     index = np.arange(len(x)) if index is None else check_labels(index, len(x), "index")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     device = next((p.device for p in model.parameters()), x.device)
-    y = torch.from_numpy(check_labels(np.asarray(y), len(x), "y", classes=model(x[:1].to(device)).shape[1]))
+    y = torch.from_numpy(check_labels(np.asarray(y), len(x), "y", classes=logits_of(model, x[:1].to(device)).shape[1]))
     x, y, radius, step_size = (value.to(device) for value in (x, y, radius, step_size))
     delta = torch.zeros_like(x)
     for step in range(steps):

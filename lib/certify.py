@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lib.bounds import clopper_pearson_lower, top_class_pvalue
-from lib.checks import check_draws, check_labels, check_level
+from lib.checks import check_draws, check_labels, check_level, check_noise
 
 ABSTAIN = -1
 
@@ -78,13 +78,16 @@ def certify(counts, noise, n0, n, alpha, prediction=None):
     classifier returns the given class on the whole open ball of the given radius.
 
     counts : source of votes for B examples (ModelCounts, RecordedCounts or SimulatedCounts); n0 + n draws of each are taken.
-    noise  : smoothing distribution; its norm and units are the radius's (Gaussian: l2, pixels in [0, 1]).
+    noise  : smoothing distribution; its norm and units are the radius's (Gaussian: l2, pixels in [0, 1]). Where the counts know the one that
+             they were drawn under, it must be that. A sigma chosen for each image is held fixed over the whole ball: what is certified
+             is the classifier smoothed with that sigma, a different one for each.
     alpha  : one-sided failure probability per example, in (0, 1).
     prediction : int [B], classes chosen beforehand, independently of these draws (a published log's); n0 must then be 0.
-    Returns Certificates over the B examples. Raises ValueError naming n0, n, alpha or prediction.
+    Returns Certificates over the B examples. Raises ValueError naming noise, n0, n, alpha or prediction.
     """
     check_draws(n=n)
     check_level(alpha=alpha)
+    check_noise(counts, noise)
     if prediction is None:
         check_draws(n0=n0)
         prediction = counts.draw(n0).argmax(axis=1)

@@ -90,7 +90,7 @@ def _published(path, content, architecture, data):
         raise ValueError(
             f"{path} names the architecture {architecture!r}: give architecture, one of {', '.join(ARCHITECTURES)}"
             if architecture
-            else f"{path} does not say its architecture: give it, one of {', '.join(ARCHITECTURES)}"
+            else f"{path} does not say its architecture: give it, one of {', '.join(ARCHITECTURES)} (README: a network of your own)"
         )
     data = data or ("cifar10" if architecture.startswith("cifar") else "imagenet" if architecture.startswith("resnet") else None)
     if data not in INFO:

@@ -92,3 +92,12 @@ def check_counts(counts):
         least = f" with {counts.min()} the least" if counts.size else ""
         raise ValueError(f"counts must be whole numbers >= 0 of shape [B, C]; got shape {counts.shape} of {counts.dtype}{least}")
     return counts.astype(np.int64)
+
+
+def check_noise(counts, noise):
+    """The noise of a certificate is the one that its votes were drawn under, where the counts know it (attribute noise)."""
+    own = getattr(counts, "noise", None)
+    if own is None or own is noise:
+        return
+    if type(own) is not type(noise) or not all(np.array_equal(value, vars(noise).get(name)) for name, value in vars(own).items()):
+        raise ValueError(f"noise must be the one that the votes were drawn under, {own}; got {noise}")

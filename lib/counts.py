@@ -7,6 +7,8 @@ Every source holds B examples and answers `draw(n)` with int64 class counts [B, 
 import numpy as np
 
 from lib.checks import check_counts, check_labels, check_seed
+from lib.noise import Gaussian
+from lib.records import Record
 
 
 def check_request(n, size):
@@ -26,11 +28,19 @@ class RecordedCounts:
     counts, and the next m one from what is left: over all calls the draws add up to the record, and a sampler that asks no more than was
     recorded is replayed exactly as if it had run live. An example's draws depend on (seed, its index) and the sizes asked, on no other.
 
-    counts: whole numbers [B, C], the recorded votes of each class. seed: of the replay. index: of each example in its data set
-    (default 0..B-1). `remaining` holds the votes not drawn yet. Raises ValueError on a bad shape, and where a record is exhausted.
+    counts: a lib.records.Record (of load_counts), with the noise that it was drawn under, or whole numbers [B, C], the votes of each class.
+    seed: of the replay. index: of each example in its data set (default the record's, or 0..B-1). `remaining` holds the votes not drawn yet.
+    The record's number of draws must not have hung on the votes: one that an adaptive sampler left is not exchangeable with a longer run.
+    Raises ValueError on a bad shape, and where a record is exhausted.
     """
 
     def __init__(self, counts, seed=0, index=None):
+        self.noise = None
+        if isinstance(counts, Record):
+            index = counts.index if index is None else index
+            if "sigma" in counts.header and counts.header.get("noise", "Gaussian") == "Gaussian":
+                self.noise = Gaussian(counts.header["sigma"])
+            counts = counts.counts
         self.remaining = counts = check_counts(counts)
         self.classes = counts.shape[1]
         check_seed(seed)

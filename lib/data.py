@@ -100,7 +100,7 @@ def _checked(name, images, labels, source):
 
 def content_hash(images):
     """Hex SHA-256 of a data set's images: of their float32 values, or of an ImageFolder's file names and sizes."""
-    return images.content_hash() if isinstance(images, ImageFolder) else sha256(images.numpy().tobytes())
+    return sha256(images.numpy().tobytes()) if isinstance(images, torch.Tensor) else images.content_hash()
 
 
 def _fetch(name, file, folder):

@@ -20,6 +20,7 @@ from lib.calibration import calibrated
 from lib.checks import check_draws, check_images, check_labels, check_seed
 from lib.counts import check_request
 from lib.models import folded
+from lib.probe import copy_with_shared_weights, count_classes, logits_of, runs_in_bfloat16
 
 CHUNK = 100  # draws that share one random stream: part of the definition of the noise, so never a setting
 PIECE = 1 << 16  # pixels of noise to draw at a time where a chunk has fewer: small pieces cost more in calls than in numbers
@@ -89,7 +90,7 @@ class _Voter(nn.Module):
         self.model, self.classes = model, classes
 
     def forward(self, x):
-        logits = self.model(x)
+        logits = logits_of(self.model, x)
         return torch.where(logits.isfinite().all(dim=1), logits.argmax(dim=1), self.classes)
 
 
@@ -102,9 +103,11 @@ class BaseClassifier:
     all ModelCounts of a model, so that it is compiled once.
 
     model  : nn.Module, logits [B, C] from float images [B, *shape] in [0, 1], normalisation inside; each image by itself. Not changed.
+             (All its floating-point numbers are cast to dtype. A random forward is admitted, with a warning: its average is certified.)
     shape  : (channels, height, width) of an image.
     device : default CUDA where there is one, else CPU.
-    dtype  : torch.float32 or torch.bfloat16; default by rule (`default_dtype`), never by timing: it is part of what is certified.
+    dtype  : torch.float32 or torch.bfloat16; default by rule (`default_dtype`, and where the network runs in it), never by timing: it is
+             part of what is certified.
     block, layout : images a forward pass, always full; "channels_last" or "contiguous". What is None is found by a short calibration,
              cached in the user's cache folder; calibrate=False takes channels_last and 128 (CPU) or 4,096 (GPU) instead.
     compile: True, False, or "auto": eager until a draw is asked that is worth the compile, and where that is no faster.
@@ -123,16 +126,18 @@ class BaseClassifier:
             raise ValueError(f"layout must be 'channels_last', 'contiguous' or None; got {layout!r}")
         if block is not None:
             check_draws(block=block)
-        mixing = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.running_mean is None]
-        if mixing:
-            raise ValueError("model must classify each image by itself: its batch norms without running statistics mix the images of a batch")
         self.device = pick_device(device)
         self.shape = tuple(shape)
-        model = copy.deepcopy(model).eval()
+        model = copy.deepcopy(model).eval().float()
         self.dtype = dtype or default_dtype(model, self.device)
-        self.classes = self._classes(model.to(self.device))
+        self.classes = count_classes(model.to(self.device), self.shape, self.device)
         short = folded(model.cpu(), self.shape)  # on the CPU, so that the same network is folded everywhere
         self.folded, model = short is not model, short.to(self.device)
+        if self.dtype == torch.bfloat16 and (why := runs_in_bfloat16(model, self.shape, self.device)):
+            if dtype:
+                raise ValueError(f"dtype: model does not run in bfloat16 ({why}): make constants of its forward buffers, or pass dtype=torch.float32")
+            log.warning("model does not run in bfloat16, counting in float32 (%s)", why)
+            self.dtype = torch.float32
         if self.device.type == "cpu":
             keep_freed_memory()
         if None in (block, layout):
@@ -144,6 +149,7 @@ class BaseClassifier:
         self.block, self.layout = int(block), layout
         self.memory_format = torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
         self._voter = _Voter(model.to(self.dtype).to(memory_format=self.memory_format), self.classes)
+        self._copies = [self._voter]
         self.compiled, self._auto = False, compile == "auto"
         if compile is True:
             self.compile()
@@ -160,13 +166,6 @@ class BaseClassifier:
             "compiled": self.compiled,
             "torch": torch.__version__,
         }
-
-    def _classes(self, model):
-        with torch.no_grad():
-            logits = model(torch.zeros(1, *self.shape, device=self.device))
-        if logits.ndim != 2 or logits.shape[1] < 2:
-            raise ValueError(f"model must map images [B, {', '.join(map(str, self.shape))}] to logits [B, classes]; got shape {list(logits.shape)}")
-        return logits.shape[1]
 
     def compile(self):
         """Compile with frozen weights (batch norm and normalisation folded). Without a C++ compiler on a CPU, says so and stays eager."""
@@ -220,10 +219,16 @@ class BaseClassifier:
         """A block of zeros, [block, *shape], in the dtype, layout and device of the network."""
         return torch.zeros(self.block, *self.shape, dtype=self.dtype, device=self.device).to(memory_format=self.memory_format)
 
+    def voters(self, workers):
+        """A voter for each worker, of the same weights: two passes at once must not meet in what a forward stores on its modules."""
+        while not self.compiled and len(self._copies) < workers:
+            self._copies.append(copy_with_shared_weights(self._voter))
+        return [self._voter] * workers if self.compiled else self._copies[:workers]
+
     @torch.no_grad()
-    def votes(self, images):
-        """Class of each row of a full block, int64 [block]; `classes` where a logit is not finite."""
-        return self._voter(images)
+    def votes(self, images, voter=None):
+        """Class of each row of a full block, int64 [block]; `classes` where a logit is not finite. voter: one of `voters`."""
+        return (self._voter if voter is None else voter)(images)
 
 
 class ModelCounts:
@@ -252,7 +257,7 @@ class ModelCounts:
         self.x, self.noise, self.seed, self.progress = x.detach(), noise, seed, progress
         self.index = np.arange(len(x)) if index is None else check_labels(index, len(x), "index")
         check_seed(seed)
-        if np.ndim(noise.sigma) == 1 and len(noise.sigma) != len(x):
+        if np.ndim(getattr(noise, "sigma", 0)) == 1 and len(noise.sigma) != len(x):
             raise ValueError(f"noise: sigma must be one value, or {len(x)}, one per example of x; got {len(noise.sigma)}")
         self.classes = self.base.classes
         self.drawn = np.zeros(len(x), dtype=np.int64)
@@ -291,7 +296,7 @@ class ModelCounts:
         """Counts int64 [B, C + 1] of all pieces, which the workers take one by one; never more workers than blocks."""
         if self.base.device.type != "cpu":
             with cores(1):  # as it was compiled: torch compiles anew for another number of threads
-                return self._count(pieces)
+                return self._count(pieces, self.base.voters(1)[0])
         lock, over, workers = threading.Lock(), threading.Event(), max(1, min(self.base.workers, blocks))
 
         def take():
@@ -301,20 +306,20 @@ class ModelCounts:
         # The limit of threads is each thread's own, but for MKL's, which is restored here.
         with cores(1), ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             try:
-                tasks = [pool.submit(self._count, iter(take, None)) for _ in range(workers)]
+                tasks = [pool.submit(self._count, iter(take, None), voter) for voter in self.base.voters(workers)]
                 wait(tasks, return_when=FIRST_EXCEPTION)
             finally:
                 over.set()  # where one fails, or the user interrupts, the others take no more
             return sum(task.result() for task in tasks)
 
-    def _count(self, pieces):
+    def _count(self, pieces, voter):
         """Votes int64 [B, C + 1] of pieces, the last column for logits that are not finite, in full blocks of which the last is padded."""
         base = self.base
         block, owner, filled = base.empty_block(), np.full(base.block, len(self)), 0
         counts = torch.zeros((len(self) + 1) * (self.classes + 1), dtype=torch.int64, device=base.device)
 
         def vote():
-            votes = base.votes(block)
+            votes = base.votes(block, voter)
             cell = torch.from_numpy(owner).to(votes.device) * (self.classes + 1) + votes
             counts.index_add_(0, cell, torch.ones_like(cell))
 

@@ -14,7 +14,7 @@ from scipy.stats import binom
 from lib import noise as distributions
 from lib.bounds import clopper_pearson_lower, clopper_pearson_upper
 from lib.certify import Certificates, votes_for
-from lib.checks import check_draws, check_labels, check_level, check_probability
+from lib.checks import check_draws, check_labels, check_level, check_noise, check_probability
 from lib.files import read_bytes, write_atomically
 
 KINDS = ("absolute", "relative")
@@ -182,6 +182,7 @@ def certify_iss(counts, noise, n0, n_max, map, alpha, draws="fresh", prediction=
     same = {"n_max": n_max == map.n_max, "alpha": alpha == map.alpha, "noise": repr(noise) == repr(map.noise)}
     for name in (name for name, agrees in same.items() if not agrees):
         raise ValueError(f"{name} must be the map's, {getattr(map, name)!r}. Make the map with sample_size_map for the {name} you certify with")
+    check_noise(counts, noise)
     if draws not in ("fresh", "reused"):
         raise ValueError(f'draws must be "fresh" (new draws for the bound) or "reused" (as published); got {draws!r}')
     first = counts.draw(n0)

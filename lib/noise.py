@@ -1,4 +1,9 @@
-"""Smoothing distributions and the radius that each certifies, and Cohen's l2 bound beside its two forerunners."""
+"""Smoothing distributions and the radius that each certifies, and Cohen's l2 bound beside its two forerunners.
+
+A distribution of your own needs `norm`, and of `Gaussian` below: `radius(p_lower)`; `probability(radius)` for the ISS map; `select(index)`, itself
+where all examples share it; `sample(x, generator)`, whose randomness comes from `generator` alone (as for `standard_normal`: counts
+would not repeat otherwise).
+"""
 
 import dataclasses
 

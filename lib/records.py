@@ -37,7 +37,7 @@ def save_counts(path, counts, index, labels, **header):
         "counts": counts.astype(small),
         "index": check_labels(index, len(counts), "index").astype(np.int32),
         "labels": check_labels(labels, len(counts)).astype(np.int32),
-        "header": np.array(json.dumps(header, sort_keys=True)),
+        "header": np.array(json.dumps(header, sort_keys=True, default=lambda value: np.asarray(value).tolist())),
     }
     buffer = io.BytesIO()
     np.savez_compressed(buffer, **arrays)
@@ -95,7 +95,7 @@ def read_log(path):
 
     Raises FileNotFoundError, or ValueError naming the missing columns or the torn or malformed line.
     """
-    text = read_bytes(path, "give the path of a tab-separated certification log").decode("utf-8", errors="replace")
+    text = read_bytes(path, "give the path of a tab-separated certification log").decode("utf-8-sig", errors="replace")
     lines = text.splitlines()
     names = lines[0].split("\t") if lines else []
     missing = [name for name in LOG_COLUMNS if name not in names]
@@ -110,8 +110,10 @@ def read_log(path):
         raise ValueError(f"{path}, line {len(lines)}: the last line has no line end; the line is torn: delete it, or certify again")
     table = pd.DataFrame(rows, columns=names)
     try:
+        table["correct"] = table["correct"].replace({"True": "1", "False": "0", "1.0": "1", "0.0": "0"})
         table = table.astype({"idx": int, "label": int, "predict": int, "radius": float, "correct": int})
-        table["time"] = pd.to_timedelta(table["time"]).dt.total_seconds()
+        clock = table["time"].str.contains(":")  # h:mm:ss.ffffff, or seconds
+        table["time"] = pd.to_timedelta(table["time"].where(clock, table["time"] + "s")).dt.total_seconds()
         if "n" in table:
             table["n"] = table["n"].astype(int)
     except ValueError as error:

@@ -26,7 +26,9 @@ import torch
 from torch.distributed.rendezvous import rendezvous
 from tqdm.auto import tqdm
 
+from lib.checkpoints import model_hash
 from lib.checks import difference
+from lib.data import content_hash
 from lib.engine import BaseClassifier, ModelCounts
 from lib.files import write_atomically
 from lib.records import LOG_COLUMNS, load_counts, log_line, save_counts
@@ -46,10 +48,12 @@ class Job:
     """What to certify.
 
     model  : nn.Module; name: what it is called in the record. labels: int64 [N] of the whole data set.
-    images : float32 [N, channels, height, width] in [0, 1], or any object with len() that gives as much when indexed by an int array.
+    images : float32 [N, channels, height, width] in [0, 1], or any object with len() and content_hash() that gives as much when indexed by
+             an int array.
     index  : int [B], the examples to certify, ascending. sampler: (counts) -> Certificates.
     noise  : smoothing distribution. seed: of the noise. draws: the most that the sampler takes of an example.
-    out    : path of the log. settings: flat dict of all that determines the result, compared when the run is resumed.
+    out    : path of the log. settings: flat dict of what else determines the result (the sampler's arguments; the network, images, noise,
+             seed and draws are added to it), compared when the run is resumed, and kept in the record.
     engine : arguments of BaseClassifier (device, dtype, block, layout, compile, calibrate), None or "auto" where it is to choose.
     """
 
@@ -66,6 +70,10 @@ class Job:
     settings: dict
     engine: dict
 
+    def __post_init__(self):
+        known = {"model_sha256": model_hash(self.model), "data_sha256": content_hash(self.images), "noise": type(self.noise).__name__}
+        object.__setattr__(self, "settings", self.settings | known | vars(self.noise) | {"seed": self.seed, "most_draws": self.draws})
+
     def path(self, suffix):
         return self.out.with_name(self.out.name + suffix)
 
@@ -74,7 +82,7 @@ class _Tally:
     """A source of counts that adds up all votes it hands out."""
 
     def __init__(self, counts):
-        self.counts, self.classes = counts, counts.classes
+        self.counts, self.classes, self.noise = counts, counts.classes, counts.noise
         self.votes = np.zeros((len(counts), counts.classes), dtype=np.int64)
 
     def __len__(self):

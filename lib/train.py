@@ -11,6 +11,7 @@ from tqdm.auto import tqdm
 
 from lib.checks import check_draws, check_images, check_labels, check_seed, difference
 from lib.files import sha256, write_atomically
+from lib.probe import logits_of
 
 
 def one_cycle(step, steps, peak, warm=0.2):
@@ -54,7 +55,8 @@ def fit(
         raise ValueError(f"dtype must be torch.float32 or torch.bfloat16; got {dtype!r}")
     settings = {
         "model": f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters",
-        "images": sha256(x.cpu().numpy().tobytes()) if state else "", "loss": loss if dataclasses.is_dataclass(loss) else type(loss).__name__,
+        "images": sha256(x.cpu().numpy().tobytes()) if state else "", "labels": sha256(np.asarray(torch.as_tensor(y).cpu()).tobytes()),
+        "loss": loss if dataclasses.is_dataclass(loss) else getattr(loss, "__qualname__", f"{type(loss).__name__} {getattr(loss, '__dict__', '')}"),
         "noise": noise, "epochs": epochs, "lr": lr, "batch": batch, "momentum": momentum, "weight_decay": weight_decay, "seed": seed,
         "augment": augment, "average": average, "dtype": dtype,
     }  # fmt: skip
@@ -62,7 +64,7 @@ def fit(
     device = torch.device(device) if device else next(model.parameters()).device
     model.to(device).to(memory_format=torch.channels_last)
     with torch.no_grad():
-        classes = model.eval()(x[:1].to(device)).shape[1]
+        classes = logits_of(model.eval(), x[:1].to(device)).shape[1]
     y = torch.from_numpy(check_labels(torch.as_tensor(y).cpu(), len(x), "y", classes))
     averaged = copy.deepcopy(model) if average else None
     optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=True)

@@ -19,7 +19,7 @@ from lib.iss import certify_iss, failure_rate, sample_size_map
 from lib.losses import GaussianLoss
 from lib.models import build
 from lib.noise import Gaussian, cohen_radius, lecuyer_radius, li_radius
-from lib.records import counts_from_log, save_counts
+from lib.records import Record, counts_from_log, save_counts
 from lib.train import fit
 
 X = torch.full((2, 1, 8, 8), 0.5)
@@ -44,6 +44,10 @@ def mixing():
 
 def votes():
     return RecordedCounts([[900, 100], [10, 990]])
+
+
+def recorded():
+    return RecordedCounts(Record(np.array([[90, 10]]), np.array([4]), np.array([0]), {"sigma": 0.5, "n": 100}))
 
 
 def certificates():
@@ -90,6 +94,13 @@ BAD = {
     "draws negative": (lambda: votes().draw([-1, 2]), ["n must", "at least 0", "-1"]),
     "n0 0": (lambda: run(n0=0), ["n0 must", "at least 1"]),
     "n0 float": (lambda: run(n0=10.5), ["n0 must", "whole", "10.5"]),
+    "noise of other draws": (lambda: certify(live(), Gaussian(0.6), 10, 100, 0.001), ["noise", "drawn under", "sigma=0.5", "sigma=0.6"]),
+    "noise of other draws, one image": (
+        lambda: certify(live(noise=Gaussian([0.5, 0.25])), Gaussian([0.5, 0.3]), 10, 100, 0.001),
+        ["noise", "0.25", "0.3"],
+    ),
+    "noise of another record": (lambda: certify(recorded(), Gaussian(0.6), 10, 50, 0.001), ["noise", "sigma=0.5", "sigma=0.6"]),
+    "noise of other draws, iss": (lambda: certify_iss(live(noise=Gaussian(0.6)), Gaussian(0.5), 10, 100, SIZES, 0.001), ["noise", "sigma=0.6"]),
     "n0 beside a given class": (lambda: run(n0=10, prediction=[0, 1]), ["n0", "0", "10"]),
     "n of a bound 0": (lambda: bounds.clopper_pearson_lower(0, 0, 0.001), ["n must", "at least 1", "0.0"]),
     "n of a bound infinite": (lambda: bounds.clopper_pearson_upper(3, math.inf, 0.001), ["n must", "finite", "inf"]),
@@ -154,7 +165,7 @@ BAD = {
     "images unbounded but infinite": (lambda: live(X / 0, bounded=False), ["x must", "finite", "inf"]),
     "images of another shape": (lambda: live(torch.zeros(1, 1, 4, 4), model=live().base), ["x must", "(1, 8, 8)", "(1, 4, 4)"]),
     "model no module": (lambda: live(model=lambda x: x), ["model must", "torch.nn.Module", "function"]),
-    "model without classes": (lambda: live(model=torch.nn.Identity()), ["model must", "[B, classes]", "[1, 1, 8, 8]"]),
+    "model without classes": (lambda: live(model=torch.nn.Identity()), ["model must", "[4, classes]", "[4, 1, 8, 8]"]),
     "model that mixes images": (lambda: live(model=mixing()), ["model must", "by itself", "batch norm"]),
     "device": (lambda: live(device="cuda:99"), ["device", "cuda:99"]),
     "model of NaN": (lambda: live(model=network(math.nan)).draw([0, 7]), ["model", "non-finite", "7 of 7", "example 1", "float32"]),

@@ -3,6 +3,7 @@
 import csv
 import datetime
 import fcntl
+import functools
 import json
 import os
 import pathlib
@@ -22,6 +23,7 @@ from lib import __main__ as cli
 from lib import data, runner, zoo
 from lib.certify import certify
 from lib.checkpoints import load_checkpoint, model_hash
+from lib.counts import RecordedCounts
 from lib.engine import BaseClassifier, ModelCounts
 from lib.iss import certify_iss, sample_size_map
 from lib.noise import Gaussian
@@ -178,6 +180,7 @@ def test_the_precision_asked_for_is_the_one_that_runs(tmp_path):
         ("--seed 1", "seed = 0, not 1"),
         ("--split train", "split = 'test', not 'train'"),
         ("--start 1", "start = 0, not 1"),
+        ("--skip 5", "skip = 1, not 5"),
         ("--stop 13", "stop = 12, not 13"),
         ("--sampler iss", "sampler = 'certify', not 'iss'"),
         ("--block 32", "block = 64, not 32"),
@@ -202,6 +205,27 @@ def test_a_log_is_not_continued_with_another_network_or_engine(reference, tmp_pa
     (tmp_path / "alone.tsv").write_text("somebody else's")
     assert "alone.tsv exists, but not how it was made" in refused(*SMALL, "--out", tmp_path / "alone.tsv")
     assert (tmp_path / "alone.tsv").read_text() == "somebody else's"
+
+
+def test_a_job_knows_its_network_images_noise_and_seed(tmp_path):
+    """From Python, whatever settings it is given: none of them can change in the middle of a log."""
+    images, labels = data.load("digits", "test")
+    engine = {"dtype": torch.float32, "block": 64, "layout": "contiguous", "compile": False}
+
+    def job(model="digits-cnn-sigma0.50", images=images, sigma=0.5, seed=0, draws=120):
+        sampler = functools.partial(certify, noise=Gaussian(sigma), n0=20, n=100, alpha=0.01)
+        settings = {"alpha": 0.01}
+        return runner.Job(
+            zoo.model(model), "mine", images, labels.numpy(), np.arange(3), sampler, Gaussian(sigma), seed, draws, tmp_path / "x", settings, engine
+        )
+
+    assert runner.run(job()) == 3
+    assert runner.run(job()) == 0
+    assert RecordedCounts(load_counts(tmp_path / "x.npz", alpha=0.01, model="mine")).noise == Gaussian(0.5)
+    for name, change in {"model_sha256": "digits-cnn-sigma0.25", "data_sha256": 1 - images, "sigma": 0.25, "seed": 1, "most_draws": 121}.items():
+        argument = {"model_sha256": "model", "data_sha256": "images", "most_draws": "draws"}.get(name, name)
+        with pytest.raises(ValueError, match=f"was made with {name} = "):
+            runner.run(job(**{argument: change}))
 
 
 def test_two_runs_do_not_write_one_log(reference):
@@ -394,6 +418,9 @@ def test_a_report_in_every_form(reference, tmp_path):
 def test_info(reference, tmp_path):
     found = json.loads(done("info", f"{reference}.npz", "--json"))
     assert (found["kind"], found["examples"], found["votes"], found["sigma"]) == ("record", 12, 12 * 320, 0.5)
+    done(*SMALL, "--sampler", "iss", "--out", tmp_path / "iss.tsv")
+    found = json.loads(done("info", tmp_path / "iss.tsv.npz", "--json"))
+    assert [found[name] for name in ("kind", "decline kind", "draws", "noise")] == ["record", "absolute", "fresh", "Gaussian"]
     found = json.loads(done("info", ROOT / "data/models/digits-cnn-sigma0.50.safetensors", "--json"))
     assert (found["kind"], found["architecture"], found["parameters"]) == ("checkpoint", "small_cnn", 3818)
     assert json.loads(done("info", PUBLISHED, "--json"))["examples"] == 500

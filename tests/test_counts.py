@@ -1,5 +1,6 @@
 """Replay without replacement and simulation: the laws of their draws, and that a sampler cannot tell them from live votes."""
 
+import dataclasses
 import itertools
 
 import numpy as np
@@ -11,6 +12,7 @@ from scipy.stats import binom, chisquare, hypergeom, multivariate_hypergeom
 from lib.certify import certify
 from lib.counts import RecordedCounts, SimulatedCounts
 from lib.noise import Gaussian
+from lib.records import load_counts, save_counts
 
 VOTES = [6, 3, 1]
 COPIES = 20_000
@@ -106,6 +108,18 @@ def test_an_examples_draws_hang_on_its_index_and_seed_alone():
     np.testing.assert_array_equal(lone.draw([0, 50, 0, 0, 0, 0])[1], whole[0][1])
     np.testing.assert_array_equal(lone.draw([0, 100, 0, 0, 0, 0])[1], whole[1][1])
     assert (RecordedCounts(votes, seed=4).draw(50) != whole[0]).any()
+
+
+def test_a_record_is_replayed_as_it_was_saved(tmp_path):
+    """Counts, indices and the noise that they were drawn under, from the file alone."""
+    votes, index = np.random.default_rng(0).integers(0, 1000, (3, 4)), np.array([5, 1, 2])
+    save_counts(tmp_path / "r.npz", votes, index, [0, 0, 0], sigma=np.array([0.5, 0.25, 1.0]), seed=np.int64(3))
+    record = load_counts(tmp_path / "r.npz", seed=3)
+    replay = RecordedCounts(record, seed=7)
+    np.testing.assert_array_equal(replay.draw(50), RecordedCounts(votes, seed=7, index=index).draw(50))
+    np.testing.assert_array_equal(replay.noise.sigma, [0.5, 0.25, 1.0])
+    assert RecordedCounts(dataclasses.replace(record, header={})).noise is None
+    assert RecordedCounts(dataclasses.replace(record, header={"noise": "Uniform", "sigma": 1})).noise is None
 
 
 def test_equal_examples_are_drawn_independently():

@@ -10,9 +10,11 @@ import time
 
 import numpy as np
 import pytest
+import torch
 from test_cli import ENGINE, ROOT, done, one_thread, without_time
 
 from lib import runner
+from lib.noise import Gaussian
 
 __all__ = ["one_thread"]  # a fixture, used by itself
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lib"]
@@ -96,12 +98,13 @@ def test_a_process_with_other_settings_is_refused(tmp_path, monkeypatch):
             pass
 
         def agree(self, name, function):
-            return {"settings": {"sigma": 0.25}, "engine": {}, "todo": [0]}
+            return {"settings": job.settings | {"sigma": 0.25}, "engine": {}, "todo": [0]}
 
     monkeypatch.setattr(runner, "_Group", Group)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    job = runner.Job(None, "", None, None, np.arange(1), None, None, 0, 10, tmp_path / "x.tsv", {"sigma": 0.5}, {})
+    network, images = torch.nn.Linear(1, 2), torch.zeros(1, 1, 1, 1)
+    job = runner.Job(network, "", images, np.zeros(1), np.arange(1), None, Gaussian(0.5), 0, 10, tmp_path / "x.tsv", {}, {})
     with pytest.raises(ValueError, match=r"rank 1 has other settings than rank 0: sigma = 0\.25, not 0\.5"):
         runner.run(job)
 

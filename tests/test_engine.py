@@ -1,6 +1,7 @@
 """Live votes against networks whose class probabilities are known in closed form, and the noise's independence of everything but its seed."""
 
 import os
+import time
 
 import numpy as np
 import pytest
@@ -320,7 +321,7 @@ def test_a_network_that_fails_ends_the_draw(threads):
 
     class Fails(Spy):
         def forward(self, x):
-            if len(self.seen) >= 5:
+            if len(self.seen) >= 8:
                 raise RuntimeError("out of memory")
             return super().forward(x)
 
@@ -328,8 +329,37 @@ def test_a_network_that_fails_ends_the_draw(threads):
     model = Fails()
     with pytest.raises(RuntimeError, match="out of memory"):
         ModelCounts(model, images(1), Gaussian(0.5), **PLAIN).draw(10_000_000)
-    assert 5 <= len(model.seen) <= 6
+    assert 8 <= len(model.seen) <= 9
     assert torch.get_num_threads() == 2
+
+
+def test_what_a_forward_pass_stores_on_its_modules_is_its_own(threads):
+    """Features kept on self between two layers, as many networks do: passes side by side must not read each other's."""
+
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.body, self.head = nn.Linear(16, 64), nn.Linear(64, 3)
+
+        def forward(self, x):
+            self.kept = torch.relu(self.body(x.flatten(1)))
+            time.sleep(1e-4)
+            return self.head(self.kept)
+
+    counted = []
+    for number in (1, 4):
+        threads(number)
+        counted.append(ModelCounts(Keeps(), images(4), Gaussian(0.5), **PLAIN).draw(1000))
+    np.testing.assert_array_equal(*counted)
+
+
+def test_the_copies_of_the_workers_share_their_weights():
+    base = BaseClassifier(small_resnet(), SHAPE, **PLAIN)
+    first, second = base.voters(2)
+    assert first is not second
+    assert [p.data_ptr() for p in first.parameters()] == [p.data_ptr() for p in second.parameters()]
+    assert base.voters(2)[1] is second
 
 
 def test_batch_norms_are_folded_where_that_changes_nothing():
@@ -373,7 +403,7 @@ def test_padding_is_never_counted(n):
     source = spied(size=2, block=64)
     counts = source.draw([n, 2])
     np.testing.assert_array_equal(counts.sum(axis=1), [n, 2])
-    seen = source.base._voter.model.seen[1:]  # The first is the probe for the number of classes.
+    seen = source.base._voter.model.seen[3:]  # The first are the probe's.
     assert [len(b) for b in seen] == [64] * -(-(n + 2) // 64)
 
 
@@ -413,6 +443,98 @@ def test_the_model_is_copied_and_put_in_eval_mode():
         logits = images(2).flatten(1) @ before["2.weight"].T + before["2.bias"]
     np.testing.assert_array_equal(counts.argmax(axis=1), logits.argmax(dim=1))
     assert counts.max(axis=1).min() > 40
+
+
+class OnItsOwn(nn.Module):
+    """A linear network with something on top."""
+
+    def __init__(self, change):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.change = nn.Linear(16, 3), change
+
+    def forward(self, x):
+        return self.change(self.head(x.flatten(1)))
+
+
+class Attends(nn.Module):
+    """Tokens are the rows of an image; with batch_first=False torch takes the images of the batch for them."""
+
+    def __init__(self, batch_first):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer = nn.TransformerEncoderLayer(4, 2, 8, batch_first=batch_first)
+        self.head = nn.Linear(16, 3)
+
+    def forward(self, x):
+        return self.head(self.layer(x[:, 0]).flatten(1))
+
+
+class AlwaysTraining(BatchNormed):
+    def train(self, mode=True):
+        return super().train(True)
+
+
+def hooked():
+    """A network that reads its features from a hook, which writes them into the original wherever its copies run."""
+    model, found = OnItsOwn(lambda z: found["features"]), {}
+    model.head.register_forward_hook(lambda module, inputs, output: found.setdefault("features", output))
+    with torch.no_grad():
+        model(images(1))
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (OnItsOwn(lambda z: z - z.mean(dim=0, keepdim=True)), "each image by itself"),
+        (OnItsOwn(lambda z: nn.functional.batch_norm(z, None, None, training=True)), "each image by itself"),
+        (Attends(batch_first=False), "each image by itself"),
+        (OnItsOwn(lambda z: z.mean(dim=0, keepdim=True)), r"a row an image.*got shape \[1, 3\]"),
+        (OnItsOwn(lambda z: (z, z)), "a tensor of logits .*; got tuple: wrap it"),
+        (OnItsOwn(lambda z: {"logits": z}), "; got dict: wrap it"),
+        (OnItsOwn(lambda z: z[:, :1]), r"two classes or more; got shape \[4, 1\].*torch\.cat"),
+        (OnItsOwn(lambda z: z[:, 0]), r"got shape \[4\]"),
+        (hooked(), r"got shape \[1, 3\]"),
+    ],
+)
+def test_networks_whose_votes_would_not_be_independent_are_refused(model, message):
+    with pytest.raises(ValueError, match=f"model must .*{message}"):
+        BaseClassifier(model, SHAPE, **PLAIN)
+
+
+def test_batch_norm_that_stays_in_training_mode_is_refused():
+    with pytest.raises(ValueError, match="each image by itself"):
+        BaseClassifier(AlwaysTraining(), SHAPE, **PLAIN)
+
+
+@pytest.mark.parametrize("model", [Attends(batch_first=True), small_resnet(), OnItsOwn(lambda z: 0 * z), OnItsOwn(lambda z: z * 1e-6 + 5)])
+def test_networks_that_take_each_image_by_itself_are_not(model):
+    assert BaseClassifier(model, SHAPE, **PLAIN).classes == 3
+
+
+def test_a_random_forward_is_admitted_with_a_warning(caplog):
+    source = ModelCounts(OnItsOwn(lambda z: nn.functional.dropout(z, 0.5)), images(2), Gaussian(0.3), **PLAIN)
+    assert "two passes over the same images differ" in caplog.text
+    assert source.draw(30).sum() == 60
+
+
+@pytest.mark.parametrize("convert", [nn.Module.double, nn.Module.half, nn.Module.bfloat16])
+def test_networks_of_other_precisions_are_converted(convert):
+    model = OnItsOwn(lambda z: z)
+    rounded = convert(OnItsOwn(lambda z: z)).float()
+    expected = ModelCounts(rounded, images(2), Gaussian(0.3), **PLAIN).draw(200)
+    np.testing.assert_array_equal(ModelCounts(convert(model), images(2), Gaussian(0.3), **PLAIN).draw(200), expected)
+
+
+def test_a_network_that_knows_no_bfloat16_runs_in_float32_unless_bfloat16_is_asked_for(monkeypatch, caplog):
+    monkeypatch.setattr(engine, "default_dtype", lambda model, device: torch.bfloat16)
+    model = OnItsOwn(lambda z: z @ torch.eye(3))
+    assert BaseClassifier(model, SHAPE, **PLAIN | {"dtype": None}).settings["dtype"] == "float32"
+    assert "does not run in bfloat16, counting in float32" in caplog.text
+    with pytest.raises(ValueError, match=r"dtype: model does not run in bfloat16 .*pass dtype=torch\.float32"):
+        BaseClassifier(model, SHAPE, **PLAIN | {"dtype": torch.bfloat16})
+    assert BaseClassifier(OnItsOwn(lambda z: z), SHAPE, **PLAIN | {"dtype": None}).settings["dtype"] == "bfloat16"
 
 
 def test_a_single_non_finite_logit_is_found():

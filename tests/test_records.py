@@ -216,6 +216,16 @@ def test_a_malformed_line_is_refused(tmp_path, line, message):
         read_log(tmp_path / "log")
 
 
+@pytest.mark.parametrize(
+    ("line", "correct", "time"), [("True\t14.5", 1, 14.5), ("0.0\t14", 0, 14), ("1\t0:00:14.5", 1, 14.5), ("1\t1:00:00", 1, 3600)]
+)
+def test_other_spellings_of_a_log_are_read(tmp_path, line, correct, time):
+    """As other scripts write them: truth as True or 1.0, time in seconds, a byte-order mark in front."""
+    (tmp_path / "log").write_bytes(("\ufeff" + "\t".join(LOG_COLUMNS) + f"\n0\t0\t0\t0.5\t{line}\n").encode())
+    (row,) = read_log(tmp_path / "log").to_dict("records")
+    assert (row["correct"], row["time"]) == (correct, time)
+
+
 def test_an_empty_or_missing_log_says_so(tmp_path):
     (tmp_path / "log").write_text("")
     with pytest.raises(ValueError, match="lacks the column"):

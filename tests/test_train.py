@@ -188,12 +188,30 @@ def test_a_state_of_another_training_is_refused(digits, tmp_path):
         "seed": lambda: fit(network(), x, y, GaussianLoss(), NOISE, seed=1, **given),
         "noise": lambda: fit(network(), x, y, GaussianLoss(), Gaussian(0.7), **given),
         "loss": lambda: fit(network(), x, y, GaussianLoss(0.1), NOISE, **given),
+        "labels": lambda: fit(network(), x, (y + 1) % 10, GaussianLoss(), NOISE, **given),
         "images": lambda: fit(network(), 1 - x, y, GaussianLoss(), NOISE, **given),
         "model": lambda: fit(build("small_cnn", "digits"), x, y, GaussianLoss(), NOISE, **given),
     }
     for name, call in others.items():
         with pytest.raises(ValueError, match=f"is of a training with {name} = "):
             call()
+
+
+def test_a_state_of_a_loss_with_other_parameters_is_refused(digits, tmp_path):
+    """Also of a loss that is no dataclass."""
+
+    class Scaled:
+        def __init__(self, factor):
+            self.factor = factor
+
+        def __call__(self, *arguments):
+            return self.factor * GaussianLoss()(*arguments)
+
+    given = {"epochs": 1, "batch": 32, "state": tmp_path / "state", "progress": False}
+    fit(network(), *digits, Scaled(1.0), NOISE, **given)
+    fit(network(), *digits, Scaled(1.0), NOISE, **given)
+    with pytest.raises(ValueError, match="is of a training with loss = "):
+        fit(network(), *digits, Scaled(2.0), NOISE, **given)
 
 
 def test_averaged_weights_are_the_moving_average(digits):
