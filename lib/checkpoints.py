@@ -2,6 +2,7 @@
 
 import io
 import json
+import logging
 import re
 import warnings
 
@@ -16,6 +17,7 @@ from lib.models import ARCHITECTURES, Normalize, build
 # How Sequential(NormalizeLayer, network) and DataParallel, in either order or alone, begin the names of the network's weights.
 PREFIXES = ("module.1.module.", "module.1.", "1.module.", "1.", "module.", "")
 CONSTANTS = {"means": "mean", "mean": "mean", "sds": "std", "std": "std"}
+log = logging.getLogger(__name__)
 
 
 def model_hash(model):
@@ -98,6 +100,8 @@ def _published(path, content, architecture, data):
     constants, state = _split(state)
     model = build(architecture, data)
     _fill(model[1], state, path)
+    if kind == "plain" and not constants:
+        log.info("%s holds no normalisation layer: as for torchvision's weights, one with the mean and deviation of %s is put in front", path, data)
     if kind == "net" and not constants:
         model[0] = nn.Identity()
     elif constants:

@@ -106,13 +106,16 @@ def test_macers_format(tmp_path, parallel):
     assert header == {"architecture": "cifar_resnet20", "data": "cifar10", "epoch": 440, "format": "net"}
 
 
-def test_torchvisions_format(tmp_path):
-    """A plain state dict: torchvision's weights, which expect ImageNet's normalisation in front."""
+def test_torchvisions_format(tmp_path, caplog):
+    """A plain state dict: torchvision's weights, which expect ImageNet's normalisation in front. It is put there, and said."""
+    caplog.set_level("INFO")
     net = network("resnet18", "imagenet")
     found, header = load_checkpoint(save(tmp_path / "resnet18.pth", net.state_dict()), architecture="resnet18")
     info = INFO["imagenet"]
     assert_same_logits(found, nn.Sequential(Normalize(info.mean, info.std), net), (3, 64, 64))
     assert header == {"architecture": "resnet18", "data": "imagenet", "format": "plain"}
+    assert "holds no normalisation layer" in caplog.text
+    assert "of imagenet is put in front" in caplog.text
 
 
 def test_ours(tmp_path):
