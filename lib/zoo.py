@@ -61,7 +61,7 @@ RUNS = {name: Run(name, recipe.sigma, 100_100 if recipe.sigma == 0.12 else 605_0
 RUNS |= {f"digits-cnn-sigma{s:.2f}-at0.50": Run(f"digits-cnn-sigma{s:.2f}", 0.5, 100_100) for s in (0.25, 1.0)}
 # Of each noise level the seed of highest noisy accuracy among the networks that are there; on every 20th test image. n is the plan: the
 # records may hold fewer draws yet, as their headers say.
-BEST = {0.25: 0, 0.50: 4, 1.00: 0}
+BEST = {0.25: 0, 0.50: 4, 1.00: 2}
 RUNS |= {f"cifar10-resnet20-sigma{s:.2f}": Run(f"cifar10-resnet20-sigma{s:.2f}-seed{seed}", s, 100_100, every=20) for s, seed in BEST.items()}
 # Small enough for a test to count again.
 RUNS["digits-cnn-sigma0.25-n1000"] = Run("digits-cnn-sigma0.25", 0.25, 1000)
