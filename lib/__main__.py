@@ -1,13 +1,12 @@
 """The command line: python -m lib train | certify | report | info (certify also under torchrun)."""
 
-import enum
 import functools
 import json
 import logging
 import pathlib
 import sys
 import time
-from typing import Annotated
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
@@ -52,15 +51,9 @@ def _iss(noise, n0, n, alpha, decline, kind, draws):
 SAMPLERS = {"certify": (_standard, {}), "iss": (_iss, {"decline": 0.05, "kind": "absolute", "draws": "fresh"})}
 LOSSES = {"gaussian": losses.GaussianLoss}
 
-Sampler = enum.StrEnum("Sampler", {name: name for name in SAMPLERS})
-Loss = enum.StrEnum("Loss", {name: name for name in LOSSES})
-Data = enum.StrEnum("Data", {name: name for name in datasets.INFO})
-Architecture = enum.StrEnum("Architecture", {name: name for name in models.ARCHITECTURES})
-Split = enum.StrEnum("Split", ["train", "test"])
-Dtype = enum.StrEnum("Dtype", ["auto", "float32", "bfloat16"])
-Layout = enum.StrEnum("Layout", ["channels_last", "contiguous"])
-Kind = enum.StrEnum("Kind", ["absolute", "relative"])
-Draws = enum.StrEnum("Draws", ["fresh", "reused"])
+Data = Literal[*datasets.INFO]
+Architecture = Literal[*models.ARCHITECTURES]
+Dtype = Literal["auto", "float32", "bfloat16"]
 
 _options = {"debug": False}  # of the whole program
 
@@ -134,7 +127,7 @@ def certify(
     out: Annotated[pathlib.Path, typer.Option(help="Log to write; the record goes beside it as OUT.npz.")],
     data: Annotated[Data | None, typer.Option(help="Data set; default the model's.")] = None,
     data_path: DataPath = None,
-    split: Split = Split.test,
+    split: Literal["train", "test"] = "test",
     architecture: Annotated[Architecture | None, typer.Option(help="Where the checkpoint does not say it.")] = None,
     start: Annotated[int, typer.Option(help="First index in the data set.")] = 0,
     stop: Annotated[int | None, typer.Option(help="End of the indices (not included).")] = None,
@@ -143,15 +136,15 @@ def certify(
     n0: Annotated[int, typer.Option("--n0", "--N0", help="Draws that choose the class.")] = 100,
     n: Annotated[int, typer.Option("--n", "--N", help="Draws for the bound (the most, where the sampler decides).")] = 100_000,
     alpha: Annotated[float, typer.Option(help="Failure probability per example, one-sided.")] = 0.001,
-    sampler: Sampler = Sampler.certify,
+    sampler: Literal[*SAMPLERS] = "certify",
     decline: Annotated[float | None, typer.Option(help="iss: radius that may be lost, or its share. [dim]default 0.05[/]")] = None,
-    kind: Annotated[Kind | None, typer.Option(help="iss: what decline is. [dim]default absolute[/]")] = None,
-    draws: Annotated[Draws | None, typer.Option(help="iss: draws for the bound: fresh, or reused as published. [dim]default fresh[/]")] = None,
+    kind: Annotated[Literal["absolute", "relative"] | None, typer.Option(help="iss: what decline is. [dim]default absolute[/]")] = None,
+    draws: Annotated[Literal["fresh", "reused"] | None, typer.Option(help="iss: of the bound; reused as published. [dim]default fresh[/]")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default a GPU where there is one.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Precision of the network that is certified.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="Precision of the network that is certified.")] = "auto",
     block: Annotated[int | None, typer.Option(help="Images a forward pass. [dim]default: measured[/]")] = None,
-    layout: Annotated[Layout | None, typer.Option(help="Memory layout. [dim]default: measured[/]")] = None,
+    layout: Annotated[Literal["channels_last", "contiguous"] | None, typer.Option(help="Memory layout. [dim]default: measured[/]")] = None,
     compile: Annotated[bool | None, typer.Option("--compile/--no-compile", help="Default: where the job is long enough to pay for it.")] = None,
     calibrate: Annotated[bool, typer.Option("--calibrate/--no-calibrate", help="Measure what is fastest here (once, then cached).")] = True,
     as_json: AsJson = False,
@@ -163,22 +156,22 @@ def certify(
     check_draws(n0=n0, n=n)
     check_level(alpha=alpha)
     noise = Gaussian(sigma)
-    network, header = _load_model(model, architecture and str(architecture), data and str(data))
-    name = str(data or header["data"])
-    images, labels = datasets.load(name, str(split), path=data_path)
+    network, header = _load_model(model, architecture, data)
+    name = data or header["data"]
+    images, labels = datasets.load(name, split, path=data_path)
     index = _indices(len(images), start, stop, skip, max)
     maker, defaults = SAMPLERS[sampler]
-    given = {k: v if isinstance(v, float) else str(v) for k, v in (("decline", decline), ("kind", kind), ("draws", draws)) if v is not None}
+    given = {k: v for k, v in (("decline", decline), ("kind", kind), ("draws", draws)) if v is not None}
     if not set(given) <= set(defaults):
         raise typer.BadParameter(f"sampler {sampler} takes no {', '.join(sorted(set(given) - set(defaults)))}")
     options = defaults | given
     settings = {
-        "data": name, "split": str(split), "start": start, "skip": skip, "stop": int(index[-1]) + 1, "sigma": sigma, "n0": n0, "n": n,
-        "alpha": alpha, "sampler": str(sampler), **options,
+        "data": name, "split": split, "start": start, "skip": skip, "stop": int(index[-1]) + 1, "sigma": sigma, "n0": n0, "n": n,
+        "alpha": alpha, "sampler": sampler, **options,
     }  # fmt: skip
     engine = {
         "device": device and pick_device(device), "dtype": None if dtype == "auto" else getattr(torch, dtype), "block": block,
-        "layout": layout and str(layout), "compile": "auto" if compile is None else compile, "calibrate": calibrate,
+        "layout": layout, "compile": "auto" if compile is None else compile, "calibrate": calibrate,
     }  # fmt: skip
     job = Job(network, model, images, labels.numpy(), index, maker(noise, n0, n, alpha, **options), noise, seed, n0 + n, out, settings, engine)
     begin = time.perf_counter()
@@ -192,10 +185,10 @@ def certify(
 def train(
     out: Annotated[pathlib.Path, typer.Option(help="Checkpoint to write (safetensors), after each epoch.")],
     sigma: Annotated[float, typer.Option(help="Noise level to train for, in units of pixels in [0, 1].")],
-    data: Data = Data.digits,
+    data: Data = "digits",
     data_path: DataPath = None,
-    architecture: Architecture = Architecture.small_cnn,
-    loss: Loss = Loss.gaussian,
+    architecture: Architecture = "small_cnn",
+    loss: Literal[*LOSSES] = "gaussian",
     epochs: int = 60,
     lr: Annotated[float, typer.Option(help="Peak of the one-cycle schedule.")] = 0.1,
     batch: int = 64,
@@ -203,7 +196,7 @@ def train(
     seed: int = 0,
     augment: Annotated[bool | None, typer.Option("--augment/--no-augment", help="Random crops and flips; default: for cifar10.")] = None,
     average: Annotated[float | None, typer.Option(help="Decay of an average of the weights, which then is the result.")] = None,
-    dtype: Annotated[Dtype, typer.Option(help="bfloat16 trains under autocast; auto is float32.")] = Dtype.auto,
+    dtype: Annotated[Dtype, typer.Option(help="bfloat16 trains under autocast; auto is float32.")] = "auto",
     device: Annotated[str | None, typer.Option(help="Default a GPU where there is one.")] = None,
     as_json: AsJson = False,
 ):
@@ -215,9 +208,9 @@ def train(
     x, y = datasets.load(data, "train", path=data_path)
     held_x, held_y = (part[:1000] for part in datasets.load(data, "test", path=data_path))
     settings = {
-        "architecture": str(architecture), "data": str(data), "data_sha256": datasets.content_hash(x), "loss": str(loss), "sigma": sigma,
+        "architecture": architecture, "data": data, "data_sha256": datasets.content_hash(x), "loss": loss, "sigma": sigma,
         "epochs": epochs, "lr": lr, "batch": batch, "weight_decay": weight_decay, "seed": seed, "augment": augment, "average": average,
-        "dtype": str(dtype),
+        "dtype": dtype,
     }  # fmt: skip
     state = out.with_name(out.name + ".state")
     header = load_checkpoint(out)[1] if out.exists() else None
@@ -324,7 +317,7 @@ def info(
         found = {"kind": "record", "examples": len(record.index), "classes": record.counts.shape[1]} | header
         found |= {"votes": int(record.counts.sum())}
     else:
-        network, header = load_checkpoint(path, architecture and str(architecture), data and str(data))
+        network, header = load_checkpoint(path, architecture, data)
         found = {"kind": "checkpoint"} | header | {"parameters": sum(p.numel() for p in network.parameters()), "model_sha256": model_hash(network)}
     if as_json:
         print(json.dumps(found))

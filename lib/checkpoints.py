@@ -89,11 +89,8 @@ def _published(path, content, architecture, data):
     kind, state = _state(path, file)
     architecture = architecture or (file.get("arch") if kind == "state_dict" else None)
     if architecture not in ARCHITECTURES:
-        raise ValueError(
-            f"{path} names the architecture {architecture!r}: give architecture, one of {', '.join(ARCHITECTURES)}"
-            if architecture
-            else f"{path} does not say its architecture: give it, one of {', '.join(ARCHITECTURES)} (README: a network of your own)"
-        )
+        says = f"names the architecture {architecture!r}" if architecture else "does not say its architecture"
+        raise ValueError(f"{path} {says}: give it, one of {', '.join(ARCHITECTURES)} (README: a network of your own)")
     data = data or ("cifar10" if architecture.startswith("cifar") else "imagenet" if architecture.startswith("resnet") else None)
     if data not in INFO:
         raise ValueError(f"{path} does not say its data set: give data, one of {', '.join(INFO)}; got {data!r}")

@@ -14,6 +14,13 @@ def check_level(**levels):
             raise ValueError(f"{name} must be a number in (0, 1), such as 0.001; got {value!r}")
 
 
+def check_choice(choices, **values):
+    """Each keyword is one of `choices`."""
+    for name, value in values.items():
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+
+
 def check_draws(**draws):
     """Each keyword is a number of Monte Carlo draws (or of epochs, images ...): a whole number >= 1, or an array of them."""
     for name, value in draws.items():

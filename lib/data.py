@@ -15,6 +15,7 @@ import pooch
 import torch
 from sklearn.datasets import load_digits
 
+from lib.checks import check_choice
 from lib.files import sha256
 
 
@@ -64,10 +65,8 @@ def load(name, split, root=None, path=None):
             either's tar.gz, or an npz with x_train, y_train, x_test, y_test (Keras's); for imagenet the folder of class folders itself.
     Raises ValueError naming name, split or the damaged file; FileNotFoundError naming the file, its URL and where to put it.
     """
-    if name not in INFO:
-        raise ValueError(f"name must be one of {', '.join(INFO)}; got {name!r}")
-    if split not in ("train", "test"):
-        raise ValueError(f"split must be 'train' or 'test'; got {split!r}")
+    check_choice(INFO, name=name)
+    check_choice(("train", "test"), split=split)
     if path is not None and not pathlib.Path(path).exists():
         raise FileNotFoundError(f"{path} does not exist: give the path of {name} on disk, or leave it out")
     folder = pathlib.Path(root or os.environ.get("SMOOTHING_DATA") or pathlib.Path(__file__).parent.parent / "data/downloads") / name

@@ -17,7 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from lib.calibration import calibrated
-from lib.checks import check_draws, check_images, check_labels, check_seed
+from lib.checks import check_choice, check_draws, check_images, check_labels, check_seed
 from lib.counts import check_request
 from lib.models import folded
 from lib.probe import copy_with_shared_weights, count_classes, logits_of, runs_in_bfloat16
@@ -61,6 +61,11 @@ def default_dtype(model, device):
     """bfloat16 where the hardware has it and the network is large enough (100,000 parameters) to gain from it; else float32."""
     large = sum(p.numel() for p in model.parameters()) >= 100_000
     return torch.bfloat16 if large and has_bfloat16(device) else torch.float32
+
+
+def has_compiler():
+    """Whether there is the C++ compiler that torch.compile needs on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
 
 
 @contextlib.contextmanager
@@ -118,12 +123,9 @@ class BaseClassifier:
     def __init__(self, model, shape, device=None, dtype=None, block=None, layout=None, compile="auto", calibrate=True):
         if not isinstance(model, nn.Module):
             raise ValueError(f"model must be a torch.nn.Module that maps images to logits; got {type(model).__name__}")
-        if compile not in (True, False, "auto"):
-            raise ValueError(f"compile must be True, False or 'auto'; got {compile!r}")
-        if dtype not in (None, torch.float32, torch.bfloat16):
-            raise ValueError(f"dtype must be torch.float32, torch.bfloat16 or None; got {dtype!r}")
-        if layout not in (None, "channels_last", "contiguous"):
-            raise ValueError(f"layout must be 'channels_last', 'contiguous' or None; got {layout!r}")
+        check_choice((True, False, "auto"), compile=compile)
+        check_choice((None, torch.float32, torch.bfloat16), dtype=dtype)
+        check_choice((None, "channels_last", "contiguous"), layout=layout)
         if block is not None:
             check_draws(block=block)
         self.device = pick_device(device)
@@ -170,7 +172,7 @@ class BaseClassifier:
     def compile(self):
         """Compile with frozen weights (batch norm and normalisation folded). Without a C++ compiler on a CPU, says so and stays eager."""
         self._auto = False
-        if self.device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")) is None:
+        if self.device.type == "cpu" and not has_compiler():
             log.warning("no C++ compiler (g++) found: counting eagerly, which is slower; install one, or pass compile=False")
             return
         options, eager = {"cpp.threads": 1}, self._voter
@@ -243,6 +245,7 @@ class ModelCounts:
     index : int [B], each example's index in its data set, which seeds its noise; default 0..B-1. seed: whole number >= 0.
     bounded: False admits finite pixels outside [0, 1], in the same units: a perturbed image may leave the range, a certificate covers it too.
     progress: True, False, or None: a bar on draws of more than a few seconds.
+    `votes` holds the counts of all draws so far, int64 [B, C]; the next draw goes on behind them.
     Raises ValueError naming the argument; also where the model gives non-finite logits, which are never counted as a class.
     """
 
@@ -260,7 +263,7 @@ class ModelCounts:
         if np.ndim(getattr(noise, "sigma", 0)) == 1 and len(noise.sigma) != len(x):
             raise ValueError(f"noise: sigma must be one value, or {len(x)}, one per example of x; got {len(noise.sigma)}")
         self.classes = self.base.classes
-        self.drawn = np.zeros(len(x), dtype=np.int64)
+        self.votes = np.zeros((len(x), self.classes), dtype=np.int64)
 
     def __len__(self):
         return len(self.x)
@@ -272,20 +275,21 @@ class ModelCounts:
         self.base.consider_compiling(total)
         with tqdm(total=total, unit=" draws", unit_scale=True, delay=3, disable=False if self.progress is None else not self.progress) as bar:
             counts = self._share(self._pieces(n, bar), -(-total // self.base.block))
-        self.drawn += n
         if counts[:, -1].any():
             i = int(np.argmax(counts[:, -1]))
             raise ValueError(
                 f"model gave non-finite logits (NaN or infinity) on {counts[i, -1]} of {n[i]} noisy copies of example {self.index[i]}: "
                 "check its weights and normalisation, or try dtype=torch.float32"
             )
+        self.votes += counts[:, :-1]
         return counts[:, :-1].copy()
 
     def _pieces(self, n, bar):
         """What is to be drawn, in pieces of one chunk, or some of small images: (example, chunks, first and last + 1 of their draws)."""
         some = max(1, PIECE // (CHUNK * math.prod(self.base.shape)))
+        drawn = self.votes.sum(axis=1)
         for i in np.flatnonzero(n):
-            start, end = int(self.drawn[i]), int(self.drawn[i] + n[i])
+            start, end = int(drawn[i]), int(drawn[i] + n[i])
             for chunk in range(start // CHUNK, -(-end // CHUNK), some):
                 chunks = range(chunk, min(chunk + some, -(-end // CHUNK)))
                 first, last = max(start - chunk * CHUNK, 0), min(end - chunk * CHUNK, CHUNK * len(chunks))

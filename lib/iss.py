@@ -14,10 +14,10 @@ from scipy.stats import binom
 from lib import noise as distributions
 from lib.bounds import clopper_pearson_lower, clopper_pearson_upper
 from lib.certify import Certificates, votes_for
-from lib.checks import check_draws, check_labels, check_level, check_noise, check_probability
+from lib.checks import check_choice, check_draws, check_labels, check_level, check_noise, check_probability
 from lib.files import read_bytes, write_atomically
 
-KINDS = ("absolute", "relative")
+KINDS, DRAWS = ("absolute", "relative"), ("fresh", "reused")
 
 
 def decline(k, n_max, p, noise, alpha, kind="absolute"):
@@ -29,7 +29,7 @@ def decline(k, n_max, p, noise, alpha, kind="absolute"):
     """
     check_level(alpha=alpha)
     check_draws(n_max=n_max)
-    _check_kind(kind)
+    check_choice(KINDS, kind=kind)
     k, n_max, p = np.broadcast_arrays(np.asarray(k, dtype=np.float64), n_max, check_probability(p, "p"))
     if not ((k >= 0) & (k <= n_max)).all():
         raise ValueError("k must satisfy 0 <= k <= n_max everywhere: the draws taken instead of n_max")
@@ -114,7 +114,7 @@ def sample_size_map(n_max, decline, kind, noise, alpha, step=0.001):
     """
     check_draws(n_max=n_max)
     check_level(alpha=alpha)
-    _check_kind(kind)
+    check_choice(KINDS, kind=kind)
     if alpha > 0.5:
         raise ValueError(f"alpha must be at most 1/2: above it more draws may lower the bound; got {alpha!r}")
     if np.ndim(n_max) or np.ndim(getattr(noise, "sigma", 0.0)):
@@ -128,11 +128,6 @@ def sample_size_map(n_max, decline, kind, noise, alpha, step=0.001):
         grid = np.append(np.arange(int(np.ceil(1 / step - 1e-9))) * step, 1.0)
     sizes = _smallest_sizes(grid, n_max, decline, kind, noise, alpha)
     return SampleSizeMap(int(n_max), float(decline), kind, noise, float(alpha), step, grid, sizes)
-
-
-def _check_kind(kind):
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, the absolute or the relative decline; got {kind!r}")
 
 
 def _smallest_sizes(p, n_max, limit, kind, noise, alpha):
@@ -183,8 +178,7 @@ def certify_iss(counts, noise, n0, n_max, map, alpha, draws="fresh", prediction=
     for name in (name for name, agrees in same.items() if not agrees):
         raise ValueError(f"{name} must be the map's, {getattr(map, name)!r}. Make the map with sample_size_map for the {name} you certify with")
     check_noise(counts, noise)
-    if draws not in ("fresh", "reused"):
-        raise ValueError(f'draws must be "fresh" (new draws for the bound) or "reused" (as published); got {draws!r}')
+    check_choice(DRAWS, draws=draws)
     first = counts.draw(n0)
     prediction = first.argmax(axis=1) if prediction is None else check_labels(prediction, len(counts), "prediction", counts.classes)
     hits = votes_for(prediction, first)
@@ -220,8 +214,7 @@ def failure_rate(p, n0, map, draws="fresh", chosen=True):
     check_probability(p, "p")
     if n0 > map.n_max:
         raise ValueError(f"n0 must be at most the map's n_max = {map.n_max} draws; got {n0!r}")
-    if draws not in ("fresh", "reused"):
-        raise ValueError(f'draws must be "fresh" or "reused"; got {draws!r}')
+    check_choice(DRAWS, draws=draws)
     first = np.arange(n0 + 1)
     weight = binom.pmf(first, n0, p)
     first, weight = first[weight > 1e-18], weight[weight > 1e-18]

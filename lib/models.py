@@ -4,8 +4,8 @@ import logging
 
 import torch
 from torch import nn
-from torch.nn.utils import fuse_conv_bn_eval
 
+from lib.checks import check_choice
 from lib.data import INFO
 
 
@@ -93,10 +93,8 @@ def build(architecture, data):
     architecture: "mlp", "small_cnn", "cifar_resnet20" or "cifar_resnet110" (272,474 and 1,730,714 parameters for 10 classes), or
     torchvision's "resnet18" or "resnet50" (for images of 224x224). Raises ValueError naming architecture or data.
     """
-    if data not in INFO:
-        raise ValueError(f"data must be one of {', '.join(INFO)}; got {data!r}")
-    if architecture not in ARCHITECTURES:
-        raise ValueError(f"architecture must be one of {', '.join(ARCHITECTURES)}; got {architecture!r}")
+    check_choice(INFO, data=data)
+    check_choice(ARCHITECTURES, architecture=architecture)
     info = INFO[data]
     return nn.Sequential(Normalize(info.mean, info.std), ARCHITECTURES[architecture](info.shape, info.classes))
 
@@ -121,34 +119,21 @@ ARCHITECTURES = {
 
 def folded(model, shape):
     """The network with its batch norms folded into the convolutions before them (float32), where it can be traced and stays the same; else itself."""
-    if not any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
+    if not _batch_norms(model):
         return model
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(8, *shape, generator=generator) + torch.randn(8, *shape, generator=generator)
-    with torch.no_grad():
-        try:
-            short, before = _fold(torch.fx.symbolic_trace(model)), model(x)
-            if short is None:
-                return model
+    try:
+        from torch.fx.experimental.optimization import fuse  # here, since it may move
+
+        with torch.no_grad():
+            short, before = fuse(model), model(x)
             same = torch.allclose(short(x), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
-        except Exception as error:  # tracing runs the user's code on proxies of tensors: what that raises is anyone's guess
-            logging.getLogger(__name__).debug("batch norms not folded: %s", error)
-            return model
-    return short if same else model
+    except Exception as error:  # tracing runs the user's code on proxies of tensors: what that raises is anyone's guess
+        logging.getLogger(__name__).debug("batch norms not folded: %s", error)
+        return model
+    return short if same and _batch_norms(short) < _batch_norms(model) else model
 
 
-def _fold(traced):
-    """The traced network with each batch norm folded that follows a convolution used once; None where there is none."""
-    folds = 0
-    modules, targets = dict(traced.named_modules()), [node.target for node in traced.graph.nodes]
-    for node in list(traced.graph.nodes):
-        before = node.args[0] if node.op == "call_module" and isinstance(modules[node.target], nn.BatchNorm2d) else None
-        once = before is not None and before.op == "call_module" and len(before.users) == targets.count(before.target) == 1
-        if once and isinstance(modules[before.target], nn.Conv2d):
-            traced.set_submodule(before.target, fuse_conv_bn_eval(modules[before.target], modules[node.target]))
-            node.replace_all_uses_with(before)
-            traced.graph.erase_node(node)
-            folds += 1
-    traced.delete_all_unused_submodules()
-    traced.recompile()
-    return traced if folds else None
+def _batch_norms(model):
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())

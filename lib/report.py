@@ -1,10 +1,9 @@
 """What the papers report, from logs alone: one row a log."""
 
-import pathlib
-
 import numpy as np
 import pandas as pd
 
+from lib.metrics import abstention, average_certified_radius, certified_accuracy
 from lib.records import read_log
 
 
@@ -16,31 +15,22 @@ def summarize(paths, radii=None):
     examples that are right and certified beyond it.
     radii: default 0, 0.25, ... up to the largest radius. Raises as read_log does, and ValueError on an empty log.
     """
-    logs = {str(path): read_log(path) for path in paths}
+    logs = _read(paths)
     for path, log in logs.items():
         if not len(log):
             raise ValueError(f"{path} holds no examples yet")
     if radii is None:
         radii = np.arange(0, max(log["radius"].max() for log in logs.values()) or 0.25, 0.25)
-    radii = np.asarray(radii, dtype=np.float64)
-    if not len(radii) or not (radii >= 0).all():
-        raise ValueError(f"radii must be numbers >= 0, in the units of the logs; got {radii.tolist()}")
     rows = {}
     for name, log in logs.items():
         rows[name] = {
             "examples": len(log),
-            "ACR": float((log["radius"] * log["correct"]).mean()),
-            "abstained": float((log["predict"] < 0).mean()),
+            "ACR": average_certified_radius(log, log["label"]),
+            "abstained": abstention(log),
             "draws": float(log["n"].mean()) if "n" in log else np.nan,
             "seconds": float(log["time"].mean()),
-        } | {f"{r:.12g}": a for r, a in zip(radii, accuracy(log, radii), strict=True)}
+        } | {f"{r:.12g}": a for r, a in zip(radii, certified_accuracy(log, log["label"], radii), strict=True)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("log")
-
-
-def accuracy(log, radii):
-    """Certified accuracy of a log at each radius: the share of its examples that are right with a larger radius."""
-    right = np.where(log["correct"] == 1, log["radius"], -1.0)
-    return (right > np.asarray(radii)[:, None]).mean(axis=1)
 
 
 def as_text(table, style):
@@ -74,12 +64,15 @@ def draw_curves(paths, png):
 
     from lib.plots import certified_accuracy_curves, style, write_png
 
-    logs = {pathlib.Path(path).stem if len(paths) > 1 else str(path): read_log(path) for path in paths}
-    if len(logs) < len(paths):
-        logs = {str(path): read_log(path) for path in paths}
+    logs = _read(paths)
     radii = np.linspace(0, (max(log["radius"].max() for log in logs.values()) or 1.0) * 1.02, 500)
     style()
     figure, axes = plt.subplots()
-    certified_accuracy_curves(axes, {name: accuracy(log, radii) for name, log in logs.items()}, radii)
+    certified_accuracy_curves(axes, {name: certified_accuracy(log, log["label"], radii) for name, log in logs.items()}, radii)
     axes.set_title("Share of examples that are right and certified beyond the radius")
     write_png(figure, png)
+
+
+def _read(paths):
+    """{path: log}, whose class is called as in Certificates, so that what metrics tell of those they tell of logs."""
+    return {str(path): read_log(path).rename(columns={"predict": "prediction"}) for path in paths}

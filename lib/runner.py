@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 from lib.checkpoints import model_hash
 from lib.checks import difference
 from lib.data import content_hash
-from lib.engine import BaseClassifier, ModelCounts
+from lib.engine import BaseClassifier, ModelCounts, has_compiler
 from lib.files import write_atomically
 from lib.records import LOG_COLUMNS, load_counts, log_line, save_counts
 
@@ -76,22 +76,6 @@ class Job:
 
     def path(self, suffix):
         return self.out.with_name(self.out.name + suffix)
-
-
-class _Tally:
-    """A source of counts that adds up all votes it hands out."""
-
-    def __init__(self, counts):
-        self.counts, self.classes, self.noise = counts, counts.classes, counts.noise
-        self.votes = np.zeros((len(counts), counts.classes), dtype=np.int64)
-
-    def __len__(self):
-        return len(self.counts)
-
-    def draw(self, n):
-        votes = self.counts.draw(n)
-        self.votes += votes
-        return votes
 
 
 def rank():
@@ -193,6 +177,8 @@ def _prepare(job, stack):
 def _check_engine(job, engine):
     """Refuse what was asked of the engine where the run has begun with something else."""
     asked = {("compiled" if name == "compile" else name): str(value).removeprefix("torch.") for name, value in job.engine.items()}
+    if not has_compiler():
+        asked.pop("compiled", None)  # a run that asked for it was told so, and is eager
     for name, value in asked.items():
         if name in engine and value not in ("None", "auto") and str(engine[name]).split(":")[0] != value.split(":")[0]:
             raise ValueError(f"{job.out} was made with {name} = {engine[name]}, not {value}: leave it out, or give another --out")
@@ -256,7 +242,7 @@ def _work(job, state, log, mine):
 def _certify_group(job, base, index, lines, votes):
     start = time.perf_counter()
     labels = job.labels[index]
-    counts = _Tally(ModelCounts(base, job.images[index], job.noise, index=index, seed=job.seed, progress=False))
+    counts = ModelCounts(base, job.images[index], job.noise, index=index, seed=job.seed, progress=False)
     found = job.sampler(counts)
     seconds = (time.perf_counter() - start) * found.n / found.n.sum()
     rows = {

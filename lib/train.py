@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from lib.checks import check_draws, check_images, check_labels, check_seed, difference
+from lib.checks import check_choice, check_draws, check_images, check_labels, check_seed, difference
 from lib.files import sha256, write_atomically
 from lib.probe import logits_of
 
@@ -51,8 +51,7 @@ def fit(
     check_images(x)
     check_draws(epochs=epochs, batch=batch)
     check_seed(seed)
-    if dtype not in (torch.float32, torch.bfloat16):
-        raise ValueError(f"dtype must be torch.float32 or torch.bfloat16; got {dtype!r}")
+    check_choice((torch.float32, torch.bfloat16), dtype=dtype)
     settings = {
         "model": f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters",
         "images": sha256(x.cpu().numpy().tobytes()) if state else "", "labels": sha256(np.asarray(torch.as_tensor(y).cpu()).tobytes()),

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from lib.checkpoints import load_checkpoint, model_hash, save_checkpoint
+from lib.checks import check_choice
 from lib.data import content_hash, load
 from lib.engine import BaseClassifier, ModelCounts, cores
 from lib.losses import GaussianLoss
@@ -67,15 +68,9 @@ RUNS |= {f"cifar10-resnet20-sigma{s:.2f}": Run(f"cifar10-resnet20-sigma{s:.2f}-s
 RUNS["digits-cnn-sigma0.25-n1000"] = Run("digits-cnn-sigma0.25", 0.25, 1000)
 
 
-def _lookup(name, table, kind):
-    if name not in table:
-        raise ValueError(f"{kind} {name!r} is unknown; there are: {', '.join(table)}")
-    return table[name]
-
-
 def model(name, folder=DATA / "models"):
     """A trained classifier by name (module in eval mode, float32): loaded from data/models, or trained and stored there."""
-    _lookup(name, MODELS, "model")
+    check_choice(MODELS, model=name)
     path = pathlib.Path(folder) / f"{name}.safetensors"
     if not path.exists():
         train(name, path)
@@ -87,7 +82,8 @@ def train(name, path, data_path=None, state=None):
 
     data_path: as lib.data.load takes it.
     """
-    recipe = _lookup(name, MODELS, "model")
+    check_choice(MODELS, model=name)
+    recipe = MODELS[name]
     torch.manual_seed(recipe.seed)
     network = build(recipe.architecture, recipe.data)
     x, y = load(recipe.data, "train", path=data_path)
@@ -148,7 +144,8 @@ def counts(name, n=None, index=None, folder=DATA / "records"):
 
     n, index: draws and test images of a smaller run than the named one, which is counted live and not stored.
     """
-    run = _lookup(name, RUNS, "record")
+    check_choice(RUNS, record=name)
+    run = RUNS[name]
     path = pathlib.Path(folder) / f"{name}.npz"
     if n is None and index is None and path.exists():
         found = load_counts(path, model=run.model, sigma=run.sigma)
@@ -163,27 +160,31 @@ def record(run, path=None, n=None, index=None, data_path=None, models=DATA / "mo
     Stored after every ROUND draws of each image; a record at `path` with fewer draws is continued, and ends as if counted at once.
     Raises ValueError where the record at `path` was counted in another way. Returns lib.records.Record; without a path nothing is stored.
     """
-    run = run if isinstance(run, Run) else _lookup(run, RUNS, "record")
+    if not isinstance(run, Run):
+        check_choice(RUNS, run=run)
+        run = RUNS[run]
     network, recipe, n = model(run.model, models), MODELS[run.model], n or run.n
     x, y = load(recipe.data, "test", path=data_path)
     index = np.arange(0, len(x), run.every) if index is None else np.asarray(index)
+    labels = y.numpy()[index]
     engine = {"block": 64, "layout": "channels_last"} if recipe.data == "cifar10" else {"block": 400, "layout": "contiguous"}
     base = BaseClassifier(network, x.shape[1:], dtype=getattr(torch, recipe.dtype), compile=False, **engine)
     header = {
         "model": run.model, "model_sha256": model_hash(network), "data": recipe.data, "split": "test", "data_sha256": content_hash(x),
         "sigma": run.sigma, "seed": run.seed, **base.settings,
     }  # fmt: skip
-    source, votes = ModelCounts(base, x[index], Gaussian(run.sigma), index=index, seed=run.seed), 0
+    source = ModelCounts(base, x[index], Gaussian(run.sigma), index=index, seed=run.seed)
     if path is not None and pathlib.Path(path).exists():
         old = load_counts(path, **header)
         if not np.array_equal(old.index, index):
             raise ValueError(f"{path} holds other images than asked for: give another path")
-        source.drawn[:], votes = old.header["n"], old.counts
-    while (done := int(source.drawn[0])) < n:
-        votes = votes + source.draw(min(ROUND, n - done))
+        source.votes[:] = old.counts
+    while (done := int(source.votes[0].sum())) < n:
+        more = min(ROUND, n - done)
+        source.draw(more)
         if path is not None:
-            save_counts(path, votes, index, y.numpy()[index], n=int(source.drawn[0]), **header)
-    return Record(votes, index, y.numpy()[index], header | {"n": int(source.drawn[0])})
+            save_counts(path, source.votes, index, labels, n=done + more, **header)
+    return Record(source.votes, index, labels, header | {"n": done})
 
 
 def main(what, *paths):

@@ -227,7 +227,6 @@ def test_layout_and_calibration_do_not_change_what_is_counted(tmp_path, monkeypa
         np.testing.assert_array_equal(ModelCounts(base, x, Gaussian(0.3)).draw(150), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")  # torch's own, as its compiler is imported
 def test_a_compiled_engine_counts_the_same_votes():
     """Frozen and compiled: draws still differ from each other (counts are binomial, not all or nothing), and equal the eager ones."""
     model, x = steps(), images(3)
@@ -392,7 +391,8 @@ def test_networks_that_cannot_be_folded_stay_as_they_are():
 
     for kind in (Branches, Shares, Repeats, Throws):
         model = kind().eval()
-        nn.init.uniform_(model.b.running_mean, -0.5, 0.5)
+        for layer in (model.a, model.b):
+            nn.init.uniform_(layer.running_mean, -0.5, 0.5)
         assert folded(model, SHAPE) is model, kind
         assert not BaseClassifier(model, SHAPE, **PLAIN).settings["folded"]
 
