@@ -24,7 +24,7 @@ from lib.checkpoints import load_checkpoint, model_hash, save_checkpoint
 from lib.checks import check_draws, check_level, difference
 from lib.engine import pick_device
 from lib.files import read_bytes
-from lib.iss import certify_iss, sample_size_map
+from lib.iss import DRAWS, KINDS, certify_iss, sample_size_map
 from lib.noise import Gaussian
 from lib.records import load_counts
 from lib.report import as_text, draw_curves, formatted, summarize
@@ -138,8 +138,8 @@ def certify(
     alpha: Annotated[float, typer.Option(help="Failure probability per example, one-sided.")] = 0.001,
     sampler: Literal[*SAMPLERS] = "certify",
     decline: Annotated[float | None, typer.Option(help="iss: radius that may be lost, or its share. [dim]default 0.05[/]")] = None,
-    kind: Annotated[Literal["absolute", "relative"] | None, typer.Option(help="iss: what decline is. [dim]default absolute[/]")] = None,
-    draws: Annotated[Literal["fresh", "reused"] | None, typer.Option(help="iss: of the bound; reused as published. [dim]default fresh[/]")] = None,
+    kind: Annotated[Literal[*KINDS] | None, typer.Option(help="iss: what decline is. [dim]default absolute[/]")] = None,
+    draws: Annotated[Literal[*DRAWS] | None, typer.Option(help="iss: of the bound; reused as published. [dim]default fresh[/]")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1; default a GPU where there is one.")] = None,
     dtype: Annotated[Dtype, typer.Option(help="Precision of the network that is certified.")] = "auto",

@@ -177,8 +177,8 @@ def _prepare(job, stack):
 def _check_engine(job, engine):
     """Refuse what was asked of the engine where the run has begun with something else."""
     asked = {("compiled" if name == "compile" else name): str(value).removeprefix("torch.") for name, value in job.engine.items()}
-    if not has_compiler():
-        asked.pop("compiled", None)  # a run that asked for it was told so, and is eager
+    if asked.get("compiled") == "True" and not has_compiler():
+        del asked["compiled"]  # the run was told so, and is eager
     for name, value in asked.items():
         if name in engine and value not in ("None", "auto") and str(engine[name]).split(":")[0] != value.split(":")[0]:
             raise ValueError(f"{job.out} was made with {name} = {engine[name]}, not {value}: leave it out, or give another --out")

@@ -203,6 +203,8 @@ def main(what, *paths):
             cifar10(*paths)
         except (ValueError, OSError) as error:
             raise SystemExit(f"error: {error}") from error
+        except KeyboardInterrupt:
+            raise SystemExit("\ninterrupted: the same command continues where it stopped") from None
     else:
         raise SystemExit("usage: python -m lib.zoo models | records | cifar10 DATA [OUT] (DATA: an npz, or the folder or tar.gz of CIFAR-10)")
 

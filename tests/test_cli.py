@@ -255,6 +255,9 @@ def test_without_a_compiler_a_run_says_so_and_is_eager(tmp_path, monkeypatch):
     for _ in range(2):  # the same command again finds it done
         done(*SMALL[:-1], "--compile", "--out", tmp_path / "eager.tsv")
     assert load_counts(tmp_path / "eager.tsv.npz").header["compiled"] is False
+    settings = tmp_path / "eager.tsv.settings.json"  # a finished run that was compiled, elsewhere
+    settings.write_text(settings.read_text().replace('"compiled": false', '"compiled": true'))
+    assert "compiled = True, not False" in refused(*SMALL, "--out", tmp_path / "eager.tsv")
 
 
 def test_a_run_that_abstains_everywhere_is_reported(tmp_path):

@@ -194,6 +194,15 @@ def test_the_command_says_how_it_is_used(tmp_path):
         zoo.main("cifar10", str(tmp_path / "nowhere"))
 
 
+def test_an_interrupted_plan_says_that_it_continues(monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(zoo, "cifar10", interrupt)
+    with pytest.raises(SystemExit, match="interrupted: the same command continues"):
+        zoo.main("cifar10", "data.npz")
+
+
 def test_unknown_names_list_the_known():
     with pytest.raises(ValueError, match=f"model must be one of '{DIGITS[0]}'.*; got 'x'"):
         zoo.model("x")
