@@ -14,7 +14,7 @@ NOTEBOOKS := $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/[0-9]*.ipynb))
 MODELS := $(wildcard data/models/*.safetensors)
 RECORDS := $(wildcard data/records/*.npz data/records/*.tsv)
 PUBLISHED := $(wildcard data/published/*.csv)
-LIB := $(wildcard lib/*.py)
+LIB := $(wildcard lib/*.py lib/*/*.py)
 export PYTHONHASHSEED := 0
 
 all: figures ## set up, execute every notebook at the laptop profile, regenerate every figure (the default)

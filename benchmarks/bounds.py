@@ -23,8 +23,15 @@ VALUES, LOOPED, ALPHA = 1_000_000, 1_000, 0.001
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeat", type=int, default=5, help="timed calls of each setting, of which the median is shown")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--repeat",
+        type=int,
+        default=5,
+        help="timed calls of each setting, of which the median is shown",
+    )
     repeat = parser.parse_args().repeat
     versions = f"Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}, statsmodels {statsmodels.__version__}"
     print(f"Machine: {processor()}, one used; {versions}; median of {repeat}.\n")
@@ -40,13 +47,28 @@ def main():
             "real, all different": rng.uniform(0, n, VALUES),
         }
         for hits, k in kinds.items():
-            ours = statistics.median(seconds(lambda k=k, n=n: clopper_pearson_lower(k, n, ALPHA), repeat))
-            loop = statistics.median(
-                seconds(lambda k=k, n=n: [proportion_confint(one, n, alpha=2 * ALPHA, method="beta")[0] for one in k[:LOOPED]], repeat)
+            ours = statistics.median(
+                seconds(lambda k=k, n=n: clopper_pearson_lower(k, n, ALPHA), repeat)
             )
-            call = statistics.median(seconds(lambda k=k, n=n: proportion_confint(k, n, alpha=2 * ALPHA, method="beta"), repeat))
+            loop = statistics.median(
+                seconds(
+                    lambda k=k, n=n: [
+                        proportion_confint(one, n, alpha=2 * ALPHA, method="beta")[0]
+                        for one in k[:LOOPED]
+                    ],
+                    repeat,
+                )
+            )
+            call = statistics.median(
+                seconds(
+                    lambda k=k, n=n: proportion_confint(k, n, alpha=2 * ALPHA, method="beta"),
+                    repeat,
+                )
+            )
             loop *= VALUES / LOOPED
-            print(f"| {n:,} | {hits} | {ours:.2f} | {loop:,.0f} | {loop / ours:,.0f} | {call:.2f} | {call / ours:.1f} |")
+            print(
+                f"| {n:,} | {hits} | {ours:.2f} | {loop:,.0f} | {loop / ours:,.0f} | {call:.2f} | {call / ours:.1f} |"
+            )
 
 
 if __name__ == "__main__":

@@ -19,7 +19,11 @@ from lib import BaseClassifier, Gaussian, ModelCounts
 from lib.data import INFO
 from lib.models import build
 
-NETWORKS = {"resnet20": ("cifar_resnet20", "cifar10"), "digits": ("small_cnn", "digits"), "resnet110": ("cifar_resnet110", "cifar10")}
+NETWORKS = {
+    "resnet20": ("cifar_resnet20", "cifar10"),
+    "digits": ("small_cnn", "digits"),
+    "resnet110": ("cifar_resnet110", "cifar10"),
+}
 NETWORKS |= {"resnet50": ("resnet50", "imagenet")}
 RESNET20 = 81.6e6  # floating-point operations of one pass
 
@@ -66,8 +70,17 @@ def contender(name, kind, device):
         run, note = lambda n: field_loop(model, image, n, batch, 0.25, classes), ""
         run(batch)
     else:
-        base = BaseClassifier(model, shape, device=device, dtype=getattr(torch, kind.split()[1]), compile=kind.endswith("compiled"))
-        run, note = lambda n: ModelCounts(base, image[None], Gaussian(0.25), progress=False).draw(n), f"block {base.block}"
+        base = BaseClassifier(
+            model,
+            shape,
+            device=device,
+            dtype=getattr(torch, kind.split()[1]),
+            compile=kind.endswith("compiled"),
+        )
+        run, note = (
+            lambda n: ModelCounts(base, image[None], Gaussian(0.25), progress=False).draw(n),
+            f"block {base.block}",
+        )
         run(base.block)
     return run, f"{note}, ready in {time.perf_counter() - start:.0f} s".removeprefix(", ")
 
@@ -85,8 +98,23 @@ class Contender:
     """One contender in processes of its own, because what one does to the allocator would help or hurt the other."""
 
     def __init__(self, name, kind, device, threads, processes=1):
-        command = [sys.executable, "-m", "benchmarks.engine", "--worker", name, "--kind", kind, "--threads", str(threads), "--device", device]
-        self.processes = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(processes)]
+        command = [
+            sys.executable,
+            "-m",
+            "benchmarks.engine",
+            "--worker",
+            name,
+            "--kind",
+            kind,
+            "--threads",
+            str(threads),
+            "--device",
+            device,
+        ]
+        self.processes = [
+            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+            for _ in range(processes)
+        ]
         notes = [process.stdout.readline().strip() for process in self.processes]
         self.note = notes[0]
         self.rates = []
@@ -105,17 +133,30 @@ class Contender:
 def compare(name, device, seconds, rounds, threads, processes=1):
     """Table of all contenders, alternating: rounds of so many seconds each."""
     kinds = [f"field's loop, batch {batch}" for batch in (400, 1000)]
-    kinds += [f"engine, {dtype}, {how}" for dtype in ("float32", "bfloat16") for how in ("eager", "compiled")]
-    rivals = {kind: Contender(name, kind.replace(",", ""), device, threads, processes) for kind in kinds}
+    kinds += [
+        f"engine, {dtype}, {how}"
+        for dtype in ("float32", "bfloat16")
+        for how in ("eager", "compiled")
+    ]
+    rivals = {
+        kind: Contender(name, kind.replace(",", ""), device, threads, processes) for kind in kinds
+    }
     for _ in range(rounds):
         for rival in rivals.values():
             rival.measure(seconds)
     base = statistics.median(rivals[kinds[0]].rates)
-    print(f"\n### {name} on {device}, {processes} process{'es' if processes > 1 else ''} of {threads} thread{'s' if threads > 1 else ''}\n")
-    print("| | | best draws/s | median draws/s | ratio of medians to the field's loop at batch 400 |\n|---|---|---:|---:|---:|")
+    print(
+        f"\n### {name} on {device}, {processes} process{'es' if processes > 1 else ''} of {threads} thread{'s' if threads > 1 else ''}\n"
+    )
+    print(
+        "| | | best draws/s | median draws/s | ratio of medians to the field's loop at batch 400 |\n|---|---|---:|---:|---:|"
+    )
     for kind, rival in rivals.items():
         median = statistics.median(rival.rates)
-        print(f"| {kind} | {rival.note} | {max(rival.rates):,.0f} | {median:,.0f} | {median / base:.1f} |", flush=True)
+        print(
+            f"| {kind} | {rival.note} | {max(rival.rates):,.0f} | {median:,.0f} | {median / base:.1f} |",
+            flush=True,
+        )
         rival.close()
 
 
@@ -128,7 +169,9 @@ def peak(device):
             float((a @ a)[0, 0])
             best = min(best, time.perf_counter() - start)
         rate = 2 * 2048**3 / best
-        print(f"\nMatrix products in {str(dtype)[6:]}: {rate / 1e9:,.0f} GFLOP/s, as many as {rate / RESNET20:,.0f} ResNet-20 passes a second need.")
+        print(
+            f"\nMatrix products in {str(dtype)[6:]}: {rate / 1e9:,.0f} GFLOP/s, as many as {rate / RESNET20:,.0f} ResNet-20 passes a second need."
+        )
 
 
 def whole_job(name, device, draws, examples=20):
@@ -143,18 +186,33 @@ def whole_job(name, device, draws, examples=20):
         setup = "import torch, time\nfrom lib import Gaussian, ModelCounts\nfrom benchmarks.engine import field_loop, network\n"
         setup += f"model, x = network('{name}'), torch.rand({examples}, *{INFO[data].shape})\nstart = time.perf_counter()\n"
         command = [sys.executable, "-c", f"{setup}{line}\nprint(time.perf_counter() - start)"]
-        seconds[kind] = float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+        seconds[kind] = float(
+            subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
+        )
     ours, theirs = seconds["engine"], seconds["field"] * 10 * examples
-    print(f"\nWhole job on {name}, {examples} examples x {draws:,} draws: engine {ours:,.0f} s with calibration and compile,", end=" ")
-    print(f"field's loop {theirs:,.0f} s (extrapolated from {draws // 10:,} draws), ratio {theirs / ours:.1f}.", flush=True)
+    print(
+        f"\nWhole job on {name}, {examples} examples x {draws:,} draws: engine {ours:,.0f} s with calibration and compile,",
+        end=" ",
+    )
+    print(
+        f"field's loop {theirs:,.0f} s (extrapolated from {draws // 10:,} draws), ratio {theirs / ours:.1f}.",
+        flush=True,
+    )
 
 
 def machine():
     flags = pathlib.Path("/proc/cpuinfo")
-    flags = next((line for line in flags.read_text().splitlines() if line.startswith("flags")), "") if flags.exists() else ""
+    flags = (
+        next((line for line in flags.read_text().splitlines() if line.startswith("flags")), "")
+        if flags.exists()
+        else ""
+    )
     names = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, CPU flags: {' '.join(names) or 'none of note'}{gpu}; ", end="")
+    print(
+        f"{platform.machine()}, {torch.get_num_threads()} threads, CPU flags: {' '.join(names) or 'none of note'}{gpu}; ",
+        end="",
+    )
     print(f"Python {platform.python_version()}, torch {torch.__version__}.")
 
 

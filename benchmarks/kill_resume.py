@@ -17,28 +17,55 @@ import time
 
 STARTS = 3.0  # seconds, about, until a process counts (under torchrun twice as many)
 ROOT = pathlib.Path(__file__).parent.parent
-JOB = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--N0", "100", "--N", "20000", "--dtype", "float32", "--block", "256", "--no-compile"]
+JOB = [
+    "certify",
+    "digits-cnn-sigma0.50",
+    "--sigma",
+    "0.5",
+    "--N0",
+    "100",
+    "--N",
+    "20000",
+    "--dtype",
+    "float32",
+    "--block",
+    "256",
+    "--no-compile",
+]
 JOB += ["--layout", "contiguous"]
 
 
 def start(out, processes):
-    run = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
+    run = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+        if processes > 1
+        else []
+    )
     command = [sys.executable, *run, "-m", "lib", *JOB, "--out", str(out)]
     return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
 def finished(out):
     """Whole lines on disk, headers left out, in the log and its parts."""
-    files = [path for path in out.parent.glob(f"{out.name}*") if path.name == out.name or path.name.split(".part")[-1].isdigit()]
+    files = [
+        path
+        for path in out.parent.glob(f"{out.name}*")
+        if path.name == out.name or path.name.split(".part")[-1].isdigit()
+    ]
     return sum(max(path.read_bytes().count(b"\n") - 1, 0) for path in files)
 
 
 def without_time(log):
-    return [[cell for i, cell in enumerate(line.split("\t")) if i != 5] for line in log.read_text().splitlines()]
+    return [
+        [cell for i, cell in enumerate(line.split("\t")) if i != 5]
+        for line in log.read_text().splitlines()
+    ]
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--processes", type=int, default=1)
@@ -55,7 +82,11 @@ def main():
             process = start(out, options.processes)
             # One in five while it still imports and reads; the others so far into the counting that all kills together leave some of it.
             starts = STARTS * min(options.processes, 2)
-            moment = rng.uniform(0, starts) if rng.random() < 0.2 else starts + rng.uniform(0, 1.6 * (whole - STARTS) / options.kills)
+            moment = (
+                rng.uniform(0, starts)
+                if rng.random() < 0.2
+                else starts + rng.uniform(0, 1.6 * (whole - STARTS) / options.kills)
+            )
             try:
                 process.wait(timeout=moment)
             except subprocess.TimeoutExpired:
@@ -69,7 +100,9 @@ def main():
         if start(out, options.processes).wait():
             raise SystemExit("the last run failed")
         same = without_time(out) == without_time(alone)
-        records = pathlib.Path(f"{out}.npz").read_bytes() == pathlib.Path(f"{alone}.npz").read_bytes()
+        records = (
+            pathlib.Path(f"{out}.npz").read_bytes() == pathlib.Path(f"{alone}.npz").read_bytes()
+        )
         lines = len(without_time(out)) - 1
         print(
             f"\n{lines} examples after {options.kills} kills: log {'the same' if same else 'DIFFERS'}, record {'the same' if records else 'DIFFERS'}"

@@ -27,7 +27,9 @@ def worker(examples, draws):
 def main():
     if len(sys.argv) > 1:
         return worker(*map(int, sys.argv[1:]))
-    print("| examples | draws of each | peak (MB) | beyond the first row (MB) |\n|---:|---:|---:|---:|")
+    print(
+        "| examples | draws of each | peak (MB) | beyond the first row (MB) |\n|---:|---:|---:|---:|"
+    )
     first = None
     for examples, draws in ROWS:
         command = [sys.executable, "-m", "benchmarks.memory", str(examples), str(draws)]

@@ -28,7 +28,15 @@ PUBLISHED = pathlib.Path(__file__).parent.parent / "data" / "published" / "chen2
 def processor():
     """The processor's name, where the system tells it."""
     info = pathlib.Path("/proc/cpuinfo")
-    names = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    names = (
+        [
+            line.split(":", 1)[1].strip()
+            for line in info.read_text().splitlines()
+            if line.startswith("model name")
+        ]
+        if info.exists()
+        else []
+    )
     return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} logical cores"
 
 
@@ -44,16 +52,24 @@ def seconds(work, repeat):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeat", type=int, default=30, help="timed calls of each setting")
     repeat = parser.parse_args().repeat
-    print(f"Machine: {processor()}; Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}; {repeat} calls each.\n")
+    print(
+        f"Machine: {processor()}; Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}; {repeat} calls each.\n"
+    )
     print("| n_max | kind | decline | best (ms) | median (ms) | paper (s) | paper / our median |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for row in pd.read_csv(PUBLISHED).itertuples():
-        taken = seconds(lambda r=row: sample_size_map(100_000, r.decline, r.kind, Gaussian(0.5), 0.001), repeat)
+        taken = seconds(
+            lambda r=row: sample_size_map(100_000, r.decline, r.kind, Gaussian(0.5), 0.001), repeat
+        )
         middle = statistics.median(taken)
-        print(f"| 100,000 | {row.kind} | {row.decline} | {1e3 * min(taken):.1f} | {1e3 * middle:.1f} | {row.seconds} | {row.seconds / middle:,.0f} |")
+        print(
+            f"| 100,000 | {row.kind} | {row.decline} | {1e3 * min(taken):.1f} | {1e3 * middle:.1f} | {row.seconds} | {row.seconds / middle:,.0f} |"
+        )
 
 
 if __name__ == "__main__":

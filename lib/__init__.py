@@ -1,11 +1,18 @@
 """Randomized smoothing: certified robustness of any classifier by voting under noise."""
 
-from lib.bounds import certified_accuracy_lower, clopper_pearson_lower, clopper_pearson_upper, top_class_pvalue
+from lib.bounds import (
+    certified_accuracy_lower,
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    top_class_pvalue,
+)
 from lib.certify import ABSTAIN, Certificates, certify, predict
 from lib.counts import RecordedCounts, SimulatedCounts
-from lib.engine import BaseClassifier, ModelCounts
+from lib.engine.classifier import BaseClassifier
+from lib.engine.live import ModelCounts
 from lib.iss import SampleSizeMap, certify_iss, sample_size_map
-from lib.noise import Gaussian, cohen_radius, lecuyer_radius, li_radius
+from lib.noise import Gaussian
+from lib.theory import cohen_radius, lecuyer_radius, li_radius
 
 __all__ = [
     "ABSTAIN",

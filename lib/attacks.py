@@ -7,8 +7,8 @@ import torch
 from torch.nn import functional
 
 from lib.checks import check_draws, check_images, check_labels, check_seed
-from lib.engine import noise_stream
-from lib.probe import logits_of
+from lib.engine.admission import logits_of
+from lib.noise import noise_stream
 
 # Noise of step t is chunk STREAMS + t of the example's stream: no ModelCounts of the same seed gets there (10^14 draws), so that an attack
 # is never tuned to the draws that later judge it.
@@ -16,7 +16,20 @@ STREAMS = 2**40
 TINY = torch.finfo(torch.float32).tiny
 
 
-def attack_smoothed(model, x, y, noise, radius, steps=20, step_size=0.1, k=1000, seed=0, index=None, bounded=False, block=500):
+def attack_smoothed(
+    model,
+    x,
+    y,
+    noise,
+    radius,
+    steps=20,
+    step_size=0.1,
+    k=1000,
+    seed=0,
+    index=None,
+    bounded=False,
+    block=500,
+):
     """PGD on the smoothed classifier: images near x whose noisy copies the model mistakes most often (Cohen et al. 2019, J.3, equation 39).
 
     Maximises E[cross-entropy(model(x + delta + eps), y)] over ||delta||_2 < radius by steepest ascent: `steps` times
@@ -35,11 +48,18 @@ def attack_smoothed(model, x, y, noise, radius, steps=20, step_size=0.1, k=1000,
     check_images(x)
     check_draws(steps=steps, k=k, block=block)
     check_seed(seed)
-    radius, step_size = (_per_example(value, len(x), name) for value, name in ((radius, "radius"), (step_size, "step_size")))
+    radius, step_size = (
+        _per_example(value, len(x), name)
+        for value, name in ((radius, "radius"), (step_size, "step_size"))
+    )
     index = np.arange(len(x)) if index is None else check_labels(index, len(x), "index")
     model = copy.deepcopy(model).eval().requires_grad_(False)
     device = next((p.device for p in model.parameters()), x.device)
-    y = torch.from_numpy(check_labels(np.asarray(y), len(x), "y", classes=logits_of(model, x[:1].to(device)).shape[1]))
+    y = torch.from_numpy(
+        check_labels(
+            np.asarray(y), len(x), "y", classes=logits_of(model, x[:1].to(device)).shape[1]
+        )
+    )
     x, y, radius, step_size = (value.to(device) for value in (x, y, radius, step_size))
     delta = torch.zeros_like(x)
     for step in range(steps):
@@ -62,7 +82,9 @@ def _per_example(value, size, name):
     """A positive finite number, or one per example, as float64 [B, 1, 1, 1]."""
     array = np.asarray(value, dtype=np.float64)
     if array.shape not in ((), (size,)) or not (np.isfinite(array).all() and (array > 0).all()):
-        raise ValueError(f"{name} must be finite and > 0, one number or {size}, one per example (leave out what was abstained on); got {value!r}")
+        raise ValueError(
+            f"{name} must be finite and > 0, one number or {size}, one per example (leave out what was abstained on); got {value!r}"
+        )
     return torch.from_numpy(np.broadcast_to(array, (size,)).copy()).view(-1, 1, 1, 1)
 
 
@@ -82,7 +104,18 @@ def _gradient(model, images, y, noise, k, streams, block):
     for first in range(0, len(images), per_pass):
         rows = np.arange(first, min(first + per_pass, len(images)))
         for start in range(0, k, block):
-            gradient[rows] += _pass(model, images[rows], y[rows], noise, rows, min(block, k - start), [streams[i] for i in rows]) / k
+            gradient[rows] += (
+                _pass(
+                    model,
+                    images[rows],
+                    y[rows],
+                    noise,
+                    rows,
+                    min(block, k - start),
+                    [streams[i] for i in rows],
+                )
+                / k
+            )
     return gradient
 
 
@@ -90,8 +123,15 @@ def _pass(model, images, y, noise, rows, draws, streams):
     """Gradient [B, ...] of the summed cross-entropy of `draws` noisy copies of each image; rows: their places in `noise`."""
     images = images.detach().requires_grad_()
     copies = (image.expand(draws, *image.shape) for image in images)
-    noisy = [noise.select(np.full(draws, i)).sample(copy_, stream) for copy_, i, stream in zip(copies, rows, streams, strict=True)]
-    loss = functional.cross_entropy(model(torch.cat(noisy)).float(), y.repeat_interleave(draws), reduction="sum")
+    noisy = [
+        noise.select(np.full(draws, i)).sample(copy_, stream)
+        for copy_, i, stream in zip(copies, rows, streams, strict=True)
+    ]
+    loss = functional.cross_entropy(
+        model(torch.cat(noisy)).float(), y.repeat_interleave(draws), reduction="sum"
+    )
     if not loss.isfinite():
-        raise ValueError("model gave non-finite logits (NaN or infinity) on noisy copies: check its weights and normalisation")
+        raise ValueError(
+            "model gave non-finite logits (NaN or infinity) on noisy copies: check its weights and normalisation"
+        )
     return torch.autograd.grad(loss, images)[0]

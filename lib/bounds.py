@@ -13,7 +13,9 @@ def _check_counts(k, n):
         raise ValueError(f"n must be at least 1 draw everywhere, and finite; got {n[~good][0]}")
     good = (k >= 0) & (k <= n)
     if not good.all():
-        raise ValueError(f"k must satisfy 0 <= k <= n everywhere (k successes among n draws), not NaN; got k = {k[~good][0]}, n = {n[~good][0]}")
+        raise ValueError(
+            f"k must satisfy 0 <= k <= n everywhere (k successes among n draws), not NaN; got k = {k[~good][0]}, n = {n[~good][0]}"
+        )
     return k, n
 
 
@@ -43,7 +45,9 @@ def clopper_pearson_lower(k, n, alpha):
     """
     check_level(alpha=alpha)
     if alpha < 1e-200:
-        raise ValueError(f"alpha must be at least 1e-200, where the binomial tail is still computed to 10 digits; got {alpha!r}")
+        raise ValueError(
+            f"alpha must be at least 1e-200, where the binomial tail is still computed to 10 digits; got {alpha!r}"
+        )
     k, n = _check_counts(k, n)
     # Counts of many examples repeat: each pair is solved once.
     key = k if (n == n.flat[:1]).all() else k + 1j * n
@@ -83,11 +87,15 @@ def top_class_pvalue(n_a, n_b):
     Reject at p-value <= alpha: the probability of naming a wrong class is then at most alpha, over the draws.
     Returns float64 in (0, 1]; 1 without any votes. Raises ValueError naming n_a and n_b.
     """
-    n_a, n_b = np.broadcast_arrays(np.asarray(n_a, dtype=np.float64), np.asarray(n_b, dtype=np.float64))
+    n_a, n_b = np.broadcast_arrays(
+        np.asarray(n_a, dtype=np.float64), np.asarray(n_b, dtype=np.float64)
+    )
     good = (n_a >= n_b) & (n_b >= 0) & np.isfinite(n_a)
     if not good.all():
         got = f"got n_a = {n_a[~good][0]}, n_b = {n_b[~good][0]}"
-        raise ValueError(f"n_a and n_b must be the largest and second-largest class counts, n_a >= n_b >= 0, finite; {got}")
+        raise ValueError(
+            f"n_a and n_b must be the largest and second-largest class counts, n_a >= n_b >= 0, finite; {got}"
+        )
     # P(X >= n_a | n_a + n_b, 1/2) = I_{1/2}(n_a, n_b + 1).
     tail = betainc(np.maximum(n_a, 1), n_b + 1, 0.5)
     return np.where(n_a > 0, np.minimum(1.0, 2 * tail), 1.0)[()]
@@ -102,7 +110,9 @@ def certified_accuracy_lower(y, m, alpha, rho):
     """
     check_level(alpha=alpha, rho=rho)
     if alpha > 0.5:
-        raise ValueError(f"alpha must be at most 1/2 for theorem 5 (its variance bound needs it); got {alpha!r}")
+        raise ValueError(
+            f"alpha must be at most 1/2 for theorem 5 (its variance bound needs it); got {alpha!r}"
+        )
     y, m = _check_examples(y, m)
     log = np.log(1 / rho)
     slack = alpha + np.sqrt(2 * alpha * (1 - alpha) * log / m) + log / (3 * m)
@@ -112,5 +122,7 @@ def certified_accuracy_lower(y, m, alpha, rho):
 def _check_examples(y, m):
     y, m = np.asarray(y, dtype=np.float64), np.asarray(m, dtype=np.float64)
     if not ((m >= 1) & (y >= 0) & (y <= m)).all():
-        raise ValueError(f"y must be the number of correctly certified examples among m: 0 <= y <= m, m >= 1; got y = {y}, m = {m}")
+        raise ValueError(
+            f"y must be the number of correctly certified examples among m: 0 <= y <= m, m >= 1; got y = {y}, m = {m}"
+        )
     return y, m

@@ -40,7 +40,9 @@ class Certificates:
 
     def frame(self, labels=None):
         """A DataFrame, one row an example; with labels also `label` and `correct`."""
-        table = pd.DataFrame({field.name: getattr(self, field.name) for field in dataclasses.fields(self)})
+        table = pd.DataFrame(
+            {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        )
         if labels is not None:
             labels = check_labels(labels, len(self))
             table.insert(0, "label", labels)

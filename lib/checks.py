@@ -18,7 +18,9 @@ def check_choice(choices, **values):
     """Each keyword is one of `choices`."""
     for name, value in values.items():
         if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}")
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}"
+            )
 
 
 def check_draws(**draws):
@@ -42,9 +44,13 @@ def check_sigma(sigma):
     try:
         array = np.asarray(sigma, dtype=np.float64)
     except (TypeError, ValueError) as error:
-        raise ValueError(f"sigma must be a number or one number per example; got {sigma!r}") from error
+        raise ValueError(
+            f"sigma must be a number or one number per example; got {sigma!r}"
+        ) from error
     if array.ndim > 1 or array.size == 0 or not np.isfinite(array).all() or (array <= 0).any():
-        raise ValueError(f"sigma must be finite and > 0, a scalar or one value per example; got {sigma!r}")
+        raise ValueError(
+            f"sigma must be finite and > 0, a scalar or one value per example; got {sigma!r}"
+        )
     return float(array) if array.ndim == 0 else array
 
 
@@ -59,11 +65,17 @@ def check_probability(p, name):
 def check_images(x, bounded=True):
     """A batch of images: float32 tensor [B, channels, height, width] with values in [0, 1], or with bounded=False any finite ones."""
     if not isinstance(x, torch.Tensor):
-        raise ValueError(f"x must be a torch.Tensor [B, channels, height, width]; got {type(x).__name__}")
+        raise ValueError(
+            f"x must be a torch.Tensor [B, channels, height, width]; got {type(x).__name__}"
+        )
     if x.ndim != 4 or x.shape[0] == 0:
-        raise ValueError(f"x must have shape [B, channels, height, width], B >= 1 (one image: x[None]); got {list(x.shape)}")
+        raise ValueError(
+            f"x must have shape [B, channels, height, width], B >= 1 (one image: x[None]); got {list(x.shape)}"
+        )
     if x.dtype != torch.float32:
-        raise ValueError(f"x must be float32 with pixels in [0, 1] (from uint8: x.float() / 255); got {x.dtype}")
+        raise ValueError(
+            f"x must be float32 with pixels in [0, 1] (from uint8: x.float() / 255); got {x.dtype}"
+        )
     low, high = float(x.min()), float(x.max())
     if not bounded and not math.isfinite(low + high):
         raise ValueError(f"x must have finite pixels; got values from {low:.4g} to {high:.4g}")
@@ -78,11 +90,15 @@ def check_labels(labels, size, name="labels", classes=None):
     """Class labels or indices: `size` whole numbers >= 0 (and < classes, where given), as an int64 array."""
     array = np.asarray(labels)
     if array.shape != (size,) or array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be {size} whole numbers, one per example; got shape {array.shape} of {array.dtype}")
+        raise ValueError(
+            f"{name} must be {size} whole numbers, one per example; got shape {array.shape} of {array.dtype}"
+        )
     if size and array.min() < 0:
         raise ValueError(f"{name} must be >= 0; got {array.min()}")
     if size and classes is not None and array.max() >= classes:
-        raise ValueError(f"{name} must be class indices below {classes}, the number of classes; got {array.max()}")
+        raise ValueError(
+            f"{name} must be class indices below {classes}, the number of classes; got {array.max()}"
+        )
     return array.astype(np.int64)
 
 
@@ -97,7 +113,9 @@ def check_counts(counts):
     counts = np.array(counts)
     if counts.ndim != 2 or counts.dtype.kind not in "iu" or counts.size == 0 or counts.min() < 0:
         least = f" with {counts.min()} the least" if counts.size else ""
-        raise ValueError(f"counts must be whole numbers >= 0 of shape [B, C]; got shape {counts.shape} of {counts.dtype}{least}")
+        raise ValueError(
+            f"counts must be whole numbers >= 0 of shape [B, C]; got shape {counts.shape} of {counts.dtype}{least}"
+        )
     return counts.astype(np.int64)
 
 
@@ -106,5 +124,25 @@ def check_noise(counts, noise):
     own = getattr(counts, "noise", None)
     if own is None or own is noise:
         return
-    if type(own) is not type(noise) or not all(np.array_equal(value, vars(noise).get(name)) for name, value in vars(own).items()):
-        raise ValueError(f"noise must be the one that the votes were drawn under, {own}; got {noise}")
+    if type(own) is not type(noise) or not all(
+        np.array_equal(value, vars(noise).get(name)) for name, value in vars(own).items()
+    ):
+        raise ValueError(
+            f"noise must be the one that the votes were drawn under, {own}; got {noise}"
+        )
+
+
+def check_request(n, size):
+    """The draws asked of each example: int64 [B], >= 0."""
+    request = np.asarray(n)
+    if (
+        request.dtype.kind not in "iu"
+        or request.ndim > 1
+        or (request.ndim == 1 and request.shape != (size,))
+    ):
+        raise ValueError(
+            f"n must be a whole number of draws, or {size} of them, one per example; got {n!r}"
+        )
+    if request.size and request.min() < 0:
+        raise ValueError(f"n must be at least 0 draws; got {request.min()}")
+    return np.broadcast_to(request, (size,)).astype(np.int64)

@@ -4,21 +4,21 @@ Every source holds B examples and answers `draw(n)` with int64 class counts [B, 
 0 asks nothing of that example). A sampler never knows which source it has.
 """
 
+import dataclasses
+
 import numpy as np
 
-from lib.checks import check_counts, check_labels, check_seed
+from lib.bounds import clopper_pearson_lower
+from lib.checks import (
+    check_counts,
+    check_draws,
+    check_labels,
+    check_level,
+    check_request,
+    check_seed,
+)
 from lib.noise import Gaussian
-from lib.records import Record
-
-
-def check_request(n, size):
-    """The draws asked of each example: int64 [B], >= 0."""
-    request = np.asarray(n)
-    if request.dtype.kind not in "iu" or request.ndim > 1 or (request.ndim == 1 and request.shape != (size,)):
-        raise ValueError(f"n must be a whole number of draws, or {size} of them, one per example; got {n!r}")
-    if request.size and request.min() < 0:
-        raise ValueError(f"n must be at least 0 draws; got {request.min()}")
-    return np.broadcast_to(request, (size,)).astype(np.int64)
+from lib.store.records import Record
 
 
 class RecordedCounts:
@@ -28,7 +28,7 @@ class RecordedCounts:
     counts, and the next m one from what is left: over all calls the draws add up to the record, and a sampler that asks no more than was
     recorded is replayed exactly as if it had run live. An example's draws depend on (seed, its index) and the sizes asked, on no other.
 
-    counts: a lib.records.Record (of load_counts), with the noise that it was drawn under, or whole numbers [B, C], the votes of each class.
+    counts: a lib.store.records.Record (of load_counts), with the noise that it was drawn under, or whole numbers [B, C], the votes of each class.
     seed: of the replay. index: of each example in its data set (default the record's, or 0..B-1). `remaining` holds the votes not drawn yet.
     The record's number of draws must not have hung on the votes: one that an adaptive sampler left is not exchangeable with a longer run.
     Raises ValueError on a bad shape, and where a record is exhausted.
@@ -44,7 +44,9 @@ class RecordedCounts:
         self.remaining = counts = check_counts(counts)
         self.classes = counts.shape[1]
         check_seed(seed)
-        index = np.arange(len(counts)) if index is None else check_labels(index, len(counts), "index")
+        index = (
+            np.arange(len(counts)) if index is None else check_labels(index, len(counts), "index")
+        )
         self._generators = [np.random.default_rng([seed, int(i)]) for i in index]
 
     def __len__(self):
@@ -62,7 +64,9 @@ class RecordedCounts:
             )
         drawn = np.zeros_like(self.remaining)
         for i in np.flatnonzero(n):
-            drawn[i] = self._generators[i].multivariate_hypergeometric(self.remaining[i], n[i], method="marginals")
+            drawn[i] = self._generators[i].multivariate_hypergeometric(
+                self.remaining[i], n[i], method="marginals"
+            )
         self.remaining -= drawn
         return drawn
 
@@ -75,9 +79,20 @@ class SimulatedCounts:
 
     def __init__(self, probabilities, seed=0):
         p = np.asarray(probabilities, dtype=np.float64)
-        if p.ndim != 2 or p.size == 0 or not (p >= 0).all() or not np.allclose(p.sum(axis=1), 1, atol=1e-9):
-            got = f", least {p.min()}, sums from {p.sum(axis=-1).min()} to {p.sum(axis=-1).max()}" if p.size else ""
-            raise ValueError(f"probabilities must have shape [B, C], be >= 0 and sum to 1 in each row; got shape {p.shape}{got}")
+        if (
+            p.ndim != 2
+            or p.size == 0
+            or not (p >= 0).all()
+            or not np.allclose(p.sum(axis=1), 1, atol=1e-9)
+        ):
+            got = (
+                f", least {p.min()}, sums from {p.sum(axis=-1).min()} to {p.sum(axis=-1).max()}"
+                if p.size
+                else ""
+            )
+            raise ValueError(
+                f"probabilities must have shape [B, C], be >= 0 and sum to 1 in each row; got shape {p.shape}{got}"
+            )
         self.probabilities = p / p.sum(axis=1, keepdims=True)
         self.classes = p.shape[1]
         self._generator = np.random.default_rng(seed)
@@ -88,3 +103,66 @@ class SimulatedCounts:
     def draw(self, n):
         """Class counts int64 [B, C] of n fresh draws of each example."""
         return self._generator.multinomial(check_request(n, len(self)), self.probabilities)
+
+
+@dataclasses.dataclass(frozen=True)
+class LogCounts:
+    """Votes recovered from a log (counts_from_log), to be replayed with the class given, not drawn.
+
+    counts: int64 [B, C + 3]; the predicted class has the recovered count, all other votes lie in the nameless columns C...; where the log
+    abstained its count is unknown, and the votes are spread in thirds over the nameless columns, so that every sampler abstains.
+    prediction: int64 [B], the class to certify. labels: int64 [B]. abstained: bool [B].
+    candidates: int64 [B], how many counts print the same radius: above 1 the rounding makes the count ambiguous, and the middle one is taken.
+    """
+
+    counts: np.ndarray
+    prediction: np.ndarray
+    labels: np.ndarray
+    abstained: np.ndarray
+    candidates: np.ndarray
+
+
+def _as_printed(radius, digits):
+    return np.array([float(f"{r:.{digits}g}") for r in radius])
+
+
+def counts_from_log(log, noise, n, alpha):
+    """Invert each radius of a log to the count it came from (n draws at failure probability alpha each). Returns LogCounts.
+
+    The radii may be at full precision or rounded to three digits, as the field prints them (found by looking at them).
+    Raises ValueError where a radius fits no count: the n, alpha or sigma stated is not the log's.
+    """
+    check_draws(n=n)
+    check_level(alpha=alpha)
+    if not len(log):
+        raise ValueError("log holds no examples: give one with at least one line below its header")
+    abstained = (log["predict"] < 0).to_numpy()
+    radius = log["radius"].to_numpy()
+    rounded = bool((_as_printed(radius, 3) == radius).all())
+    k = np.arange(n // 2, n + 1)
+    table = noise.radius(clopper_pearson_lower(k, n, alpha))
+    if rounded:
+        table = _as_printed(table, 3)
+    # A full-precision log of another machine may differ in the last digits of the quantile; neighbouring counts are far farther apart.
+    slack = 1e-12 if rounded else 1e-9
+    first, last = (
+        np.searchsorted(table, radius * (1 - slack), "left"),
+        np.searchsorted(table, radius * (1 + slack), "right"),
+    )
+    strange = (first >= last) & ~abstained
+    if strange.any():
+        i = int(np.argmax(strange))
+        raise ValueError(
+            f"log: radius {float(radius[i])} of idx {log['idx'].iloc[i]} fits no count of n = {n} draws at alpha = {alpha} "
+            f"(the largest radius these allow is {table[-1]:.4g}): state the n, alpha and sigma that the log was made with"
+        )
+    votes = k[np.minimum((first + last - 1) // 2, len(k) - 1)]
+    labels, predict = check_labels(log["label"].to_numpy(), len(log)), log["predict"].to_numpy()
+    classes = int(max(labels.max(), predict.max())) + 1
+    counts = np.zeros((len(log), classes + 3), dtype=np.int64)
+    rows, seen = np.arange(len(log)), ~abstained
+    counts[rows[seen], predict[seen]] = votes[seen]
+    counts[rows[seen], classes] = n - votes[seen]
+    counts[abstained, classes:] = [n - 2 * (n // 3), n // 3, n // 3]
+    prediction = np.where(abstained, classes, predict).astype(np.int64)
+    return LogCounts(counts, prediction, labels, abstained, np.where(abstained, 0, last - first))

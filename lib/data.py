@@ -16,7 +16,7 @@ import torch
 from sklearn.datasets import load_digits
 
 from lib.checks import check_choice
-from lib.files import sha256
+from lib.store.files import sha256
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,10 @@ INFO = {
 # File: (URL, checksum as published with torchvision).
 _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
-IDX = {"train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"), "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz")}
+IDX = {
+    "train": ("train-images-idx3-ubyte.gz", "train-labels-idx1-ubyte.gz"),
+    "test": ("t10k-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"),
+}
 DOWNLOADS = {
     ("mnist", "train-images-idx3-ubyte.gz"): (_MNIST, "md5:f68b3c2dcbeaaa9fbdd348bbdeb94873"),
     ("mnist", "train-labels-idx1-ubyte.gz"): (_MNIST, "md5:d53e105ee54ea40749a09fcbcd1e9432"),
@@ -49,7 +52,10 @@ DOWNLOADS = {
     ("fashion", "train-labels-idx1-ubyte.gz"): (_FASHION, "md5:25c81989df183df01b3e8a0aad5dffbe"),
     ("fashion", "t10k-images-idx3-ubyte.gz"): (_FASHION, "md5:bef4ecab320f06d8554ea6380940ec79"),
     ("fashion", "t10k-labels-idx1-ubyte.gz"): (_FASHION, "md5:bb300cfdad3c16e7a12a480ee83cd310"),
-    ("cifar10", "cifar-10-python.tar.gz"): ("https://www.cs.toronto.edu/~kriz/", "md5:c58f30108f718f92721af3b95e74349a"),
+    ("cifar10", "cifar-10-python.tar.gz"): (
+        "https://www.cs.toronto.edu/~kriz/",
+        "md5:c58f30108f718f92721af3b95e74349a",
+    ),
 }
 
 
@@ -68,8 +74,17 @@ def load(name, split, root=None, path=None):
     check_choice(INFO, name=name)
     check_choice(("train", "test"), split=split)
     if path is not None and not pathlib.Path(path).exists():
-        raise FileNotFoundError(f"{path} does not exist: give the path of {name} on disk, or leave it out")
-    folder = pathlib.Path(root or os.environ.get("SMOOTHING_DATA") or pathlib.Path(__file__).parent.parent / "data/downloads") / name
+        raise FileNotFoundError(
+            f"{path} does not exist: give the path of {name} on disk, or leave it out"
+        )
+    folder = (
+        pathlib.Path(
+            root
+            or os.environ.get("SMOOTHING_DATA")
+            or pathlib.Path(__file__).parent.parent / "data/downloads"
+        )
+        / name
+    )
     path = None if path is None else pathlib.Path(path)
     if name == "imagenet":
         folder = path or folder / ("val" if split == "test" else "train")
@@ -77,20 +92,33 @@ def load(name, split, root=None, path=None):
         return images, images.labels
     if name == "digits":
         if path is not None:
-            raise ValueError(f"path: digits ship inside scikit-learn and are not read from {path}; leave it out")
+            raise ValueError(
+                f"path: digits ship inside scikit-learn and are not read from {path}; leave it out"
+            )
         images, labels = _digits(split)
     elif name == "cifar10":
-        images, labels = _cifar10(split, path or _fetch("cifar10", "cifar-10-python.tar.gz", folder))
+        images, labels = _cifar10(
+            split, path or _fetch("cifar10", "cifar-10-python.tar.gz", folder)
+        )
     else:
-        images, labels = (_idx(path / file if path else _fetch(name, file, folder)) for file in IDX[split])
+        images, labels = (
+            _idx(path / file if path else _fetch(name, file, folder)) for file in IDX[split]
+        )
         images = images[:, None]
     return _checked(name, images, labels, path or folder)
 
 
 def _checked(name, images, labels, source):
     info = INFO[name]
-    if images.shape[1:] != info.shape or labels.shape != (len(images),) or not len(labels) or labels.max() >= info.classes:
-        raise ValueError(f"{source} is not {name}: images {images.shape} and labels {labels.shape}, instead of [N, {info.shape}] and [N]")
+    if (
+        images.shape[1:] != info.shape
+        or labels.shape != (len(images),)
+        or not len(labels)
+        or labels.max() >= info.classes
+    ):
+        raise ValueError(
+            f"{source} is not {name}: images {images.shape} and labels {labels.shape}, instead of [N, {info.shape}] and [N]"
+        )
     # Bytes of a file are read-only to numpy: torch needs a copy of its own.
     images = torch.from_numpy(np.array(images, order="C"))
     images = images if images.dtype == torch.float32 else images.float().div_(255)
@@ -99,16 +127,24 @@ def _checked(name, images, labels, source):
 
 def content_hash(images):
     """Hex SHA-256 of a data set's images: of their float32 values, or of an ImageFolder's file names and sizes."""
-    return sha256(images.numpy().tobytes()) if isinstance(images, torch.Tensor) else images.content_hash()
+    return (
+        sha256(images.numpy().tobytes())
+        if isinstance(images, torch.Tensor)
+        else images.content_hash()
+    )
 
 
 def _fetch(name, file, folder):
     """The path of a file of DOWNLOADS in `folder`, downloaded where it is missing or its checksum is off."""
     base, checksum = DOWNLOADS[name, file]
     try:
-        return pathlib.Path(pooch.retrieve(base + file, checksum, fname=file, path=folder, progressbar=True))
+        return pathlib.Path(
+            pooch.retrieve(base + file, checksum, fname=file, path=folder, progressbar=True)
+        )
     except (OSError, ValueError) as error:
-        why = "what came has another checksum" if type(error) is ValueError else type(error).__name__
+        why = (
+            "what came has another checksum" if type(error) is ValueError else type(error).__name__
+        )
         raise FileNotFoundError(
             f"{folder / file} is missing or damaged, and could not be downloaded from {base + file} ({why}): "
             f"fetch it by hand and put it into {folder}, or set SMOOTHING_DATA to the folder that holds {name}/{file}"
@@ -127,13 +163,18 @@ def _idx(path):
     if not path.exists() and path.with_suffix("").exists():
         path = path.with_suffix("")
     if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist: it is one of the data set's four IDX files, {', '.join(sum(IDX.values(), ()))}")
+        raise FileNotFoundError(
+            f"{path} does not exist: it is one of the data set's four IDX files, {', '.join(sum(IDX.values(), ()))}"
+        )
     data = path.read_bytes()
     try:
         data = gzip.decompress(data) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {error}. Replace it by a whole one") from error
-    shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(data[3] if len(data) > 3 else 0)]
+    shape = [
+        int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big")
+        for i in range(data[3] if len(data) > 3 else 0)
+    ]
     if data[:3] != b"\0\0\x08" or len(data) != 4 + 4 * len(shape) + int(np.prod(shape)):
         raise ValueError(f"{path} is no whole IDX file of bytes. Replace it by a whole one")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
@@ -146,10 +187,18 @@ def _cifar10(split, path):
         return _keras(split, path)
     try:
         if path.is_dir():
-            files = {file.name: file.read_bytes() for file in path.iterdir() if file.name.removesuffix(".bin") in batches}
+            files = {
+                file.name: file.read_bytes()
+                for file in path.iterdir()
+                if file.name.removesuffix(".bin") in batches
+            }
         else:
             with tarfile.open(path) as tar:
-                members = [m for m in tar if m.isfile() and pathlib.PurePath(m.name).name.removesuffix(".bin") in batches]
+                members = [
+                    m
+                    for m in tar
+                    if m.isfile() and pathlib.PurePath(m.name).name.removesuffix(".bin") in batches
+                ]
                 files = {pathlib.PurePath(m.name).name: tar.extractfile(m).read() for m in members}
                 while tar.fileobj.read(1 << 20):  # to the end, where the checksum is
                     pass
@@ -157,9 +206,18 @@ def _cifar10(split, path):
         raise ValueError(f"{path} is damaged or no tar file: {error}") from error
     missing = [batch for batch in batches if batch not in files and f"{batch}.bin" not in files]
     if missing:
-        raise ValueError(f"{path} lacks {', '.join(missing)} (each with or without .bin): give cifar-10-batches-bin, cifar-10-batches-py or an npz")
-    parts = [_binary(files[f"{b}.bin"], f"{path}: {b}.bin") if f"{b}.bin" in files else _pickled(files[b], f"{path}: {b}") for b in batches]
-    return np.concatenate([images for images, _ in parts]), np.concatenate([labels for _, labels in parts])
+        raise ValueError(
+            f"{path} lacks {', '.join(missing)} (each with or without .bin): give cifar-10-batches-bin, cifar-10-batches-py or an npz"
+        )
+    parts = [
+        _binary(files[f"{b}.bin"], f"{path}: {b}.bin")
+        if f"{b}.bin" in files
+        else _pickled(files[b], f"{path}: {b}")
+        for b in batches
+    ]
+    return np.concatenate([images for images, _ in parts]), np.concatenate(
+        [labels for _, labels in parts]
+    )
 
 
 def _binary(data, source):
@@ -185,7 +243,9 @@ class _ArraysOnly(pickle.Unpickler):
 def _pickled(data, source):
     try:
         batch = _ArraysOnly(io.BytesIO(data), encoding="latin1").load()
-        return np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32), np.asarray(batch["labels"], np.uint8)
+        return np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32), np.asarray(
+            batch["labels"], np.uint8
+        )
     except Exception as error:  # a damaged pickle raises anything
         raise ValueError(f"{source} is damaged or no batch of CIFAR-10: {error}") from error
 
@@ -195,9 +255,13 @@ def _keras(split, path):
         with np.load(path, allow_pickle=False) as arrays:
             images, labels = arrays[f"x_{split}"], arrays[f"y_{split}"]
     except (KeyError, ValueError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
-        raise ValueError(f"{path} must be an npz with x_{split} [N, 32, 32, 3] and y_{split} [N], uint8: {error}") from error
+        raise ValueError(
+            f"{path} must be an npz with x_{split} [N, 32, 32, 3] and y_{split} [N], uint8: {error}"
+        ) from error
     if images.ndim != 4 or images.dtype != np.uint8:
-        raise ValueError(f"{path}: x_{split} must be uint8 [N, 32, 32, 3]; got {images.dtype} {list(images.shape)}")
+        raise ValueError(
+            f"{path}: x_{split} must be uint8 [N, 32, 32, 3]; got {images.dtype} {list(images.shape)}"
+        )
     return images.transpose(0, 3, 1, 2), labels.reshape(-1)
 
 
@@ -230,5 +294,8 @@ class ImageFolder:
 
     def content_hash(self):
         root = pathlib.Path(self._folder.root)
-        files = [(pathlib.Path(path).relative_to(root).as_posix(), os.path.getsize(path)) for path, _ in self._folder.samples]
+        files = [
+            (pathlib.Path(path).relative_to(root).as_posix(), os.path.getsize(path))
+            for path, _ in self._folder.samples
+        ]
         return sha256(repr(files).encode())

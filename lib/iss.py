@@ -14,8 +14,15 @@ from scipy.stats import binom
 from lib import noise as distributions
 from lib.bounds import clopper_pearson_lower, clopper_pearson_upper
 from lib.certify import Certificates, votes_for
-from lib.checks import check_choice, check_draws, check_labels, check_level, check_noise, check_probability
-from lib.files import read_bytes, write_atomically
+from lib.checks import (
+    check_choice,
+    check_draws,
+    check_labels,
+    check_level,
+    check_noise,
+    check_probability,
+)
+from lib.store.files import read_bytes, write_atomically
 
 KINDS, DRAWS = ("absolute", "relative"), ("fresh", "reused")
 
@@ -30,13 +37,23 @@ def decline(k, n_max, p, noise, alpha, kind="absolute"):
     check_level(alpha=alpha)
     check_draws(n_max=n_max)
     check_choice(KINDS, kind=kind)
-    k, n_max, p = np.broadcast_arrays(np.asarray(k, dtype=np.float64), n_max, check_probability(p, "p"))
+    k, n_max, p = np.broadcast_arrays(
+        np.asarray(k, dtype=np.float64), n_max, check_probability(p, "p")
+    )
     if not ((k >= 0) & (k <= n_max)).all():
-        raise ValueError("k must satisfy 0 <= k <= n_max everywhere: the draws taken instead of n_max")
+        raise ValueError(
+            "k must satisfy 0 <= k <= n_max everywhere: the draws taken instead of n_max"
+        )
     desired = noise.radius(clopper_pearson_lower(p * n_max, n_max, alpha))
     some = np.maximum(k, 1)
-    lost = desired - np.where(k > 0, noise.radius(clopper_pearson_lower(p * some, some, alpha)), 0.0)
-    return (lost if kind == "absolute" else np.divide(lost, desired, out=np.zeros(lost.shape), where=desired > 0))[()]
+    lost = desired - np.where(
+        k > 0, noise.radius(clopper_pearson_lower(p * some, some, alpha)), 0.0
+    )
+    return (
+        lost
+        if kind == "absolute"
+        else np.divide(lost, desired, out=np.zeros(lost.shape), where=desired > 0)
+    )[()]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +98,10 @@ class SampleSizeMap:
     def save(self, path):
         """Write the map to `path` as JSON, whole or not at all."""
         described = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        described["noise"] = {"distribution": type(self.noise).__name__, **dataclasses.asdict(self.noise)}
+        described["noise"] = {
+            "distribution": type(self.noise).__name__,
+            **dataclasses.asdict(self.noise),
+        }
         described |= {"grid": self.grid.tolist(), "sizes": self.sizes.tolist()}
         write_atomically(path, (json.dumps(described) + "\n").encode())
 
@@ -89,13 +109,20 @@ class SampleSizeMap:
     def load(cls, path):
         """The map that `save` wrote. Raises ValueError where the file holds something else."""
         try:
-            described = json.loads(read_bytes(path, "make the map with sample_size_map and save it"))
+            described = json.loads(
+                read_bytes(path, "make the map with sample_size_map and save it")
+            )
             noise = described["noise"]
             described["noise"] = getattr(distributions, noise.pop("distribution"))(**noise)
-            described |= {"grid": np.array(described["grid"], dtype=np.float64), "sizes": np.array(described["sizes"], dtype=np.int64)}
+            described |= {
+                "grid": np.array(described["grid"], dtype=np.float64),
+                "sizes": np.array(described["sizes"], dtype=np.int64),
+            }
             return cls(**described)
         except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"path must be a file written by SampleSizeMap.save; {path} is not ({error!r}). Make the map anew") from error
+            raise ValueError(
+                f"path must be a file written by SampleSizeMap.save; {path} is not ({error!r}). Make the map anew"
+            ) from error
 
 
 def sample_size_map(n_max, decline, kind, noise, alpha, step=0.001):
@@ -116,15 +143,28 @@ def sample_size_map(n_max, decline, kind, noise, alpha, step=0.001):
     check_level(alpha=alpha)
     check_choice(KINDS, kind=kind)
     if alpha > 0.5:
-        raise ValueError(f"alpha must be at most 1/2: above it more draws may lower the bound; got {alpha!r}")
+        raise ValueError(
+            f"alpha must be at most 1/2: above it more draws may lower the bound; got {alpha!r}"
+        )
     if np.ndim(n_max) or np.ndim(getattr(noise, "sigma", 0.0)):
-        raise ValueError("n_max and the level of noise must be single numbers: a map belongs to one of each. Make one map per value")
-    if not np.isscalar(decline) or not decline > 0 or (kind == "relative" and not decline < 1) or not np.isfinite(decline):
-        raise ValueError(f"decline must be a finite radius > 0 (absolute) or a share in (0, 1) (relative); got {decline!r}")
+        raise ValueError(
+            "n_max and the level of noise must be single numbers: a map belongs to one of each. Make one map per value"
+        )
+    if (
+        not np.isscalar(decline)
+        or not decline > 0
+        or (kind == "relative" and not decline < 1)
+        or not np.isfinite(decline)
+    ):
+        raise ValueError(
+            f"decline must be a finite radius > 0 (absolute) or a share in (0, 1) (relative); got {decline!r}"
+        )
     grid = np.zeros(0)
     if step is not None:
         if not np.isscalar(step) or not 1e-6 <= step <= 0.5:
-            raise ValueError(f"step must be None (the exact map) or a number in [1e-6, 0.5], such as 0.001; got {step!r}")
+            raise ValueError(
+                f"step must be None (the exact map) or a number in [1e-6, 0.5], such as 0.001; got {step!r}"
+            )
         grid = np.append(np.arange(int(np.ceil(1 / step - 1e-9))) * step, 1.0)
     sizes = _smallest_sizes(grid, n_max, decline, kind, noise, alpha)
     return SampleSizeMap(int(n_max), float(decline), kind, noise, float(alpha), step, grid, sizes)
@@ -174,13 +214,23 @@ def certify_iss(counts, noise, n0, n_max, map, alpha, draws="fresh", prediction=
     check_level(alpha=alpha)
     if n0 > n_max:
         raise ValueError(f"n0 must be at most n_max = {n_max} draws; got {n0!r}")
-    same = {"n_max": n_max == map.n_max, "alpha": alpha == map.alpha, "noise": repr(noise) == repr(map.noise)}
+    same = {
+        "n_max": n_max == map.n_max,
+        "alpha": alpha == map.alpha,
+        "noise": repr(noise) == repr(map.noise),
+    }
     for name in (name for name, agrees in same.items() if not agrees):
-        raise ValueError(f"{name} must be the map's, {getattr(map, name)!r}. Make the map with sample_size_map for the {name} you certify with")
+        raise ValueError(
+            f"{name} must be the map's, {getattr(map, name)!r}. Make the map with sample_size_map for the {name} you certify with"
+        )
     check_noise(counts, noise)
     check_choice(DRAWS, draws=draws)
     first = counts.draw(n0)
-    prediction = first.argmax(axis=1) if prediction is None else check_labels(prediction, len(counts), "prediction", counts.classes)
+    prediction = (
+        first.argmax(axis=1)
+        if prediction is None
+        else check_labels(prediction, len(counts), "prediction", counts.classes)
+    )
     hits = votes_for(prediction, first)
     used, more = _spending(_sizes_after(hits, n0, map), n0, draws)
     hits = votes_for(prediction, counts.draw(more)) + (hits if draws == "reused" else 0)

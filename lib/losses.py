@@ -16,4 +16,6 @@ class GaussianLoss:
     smoothing: float = 0.0
 
     def __call__(self, model, x, y, noise, generator):
-        return functional.cross_entropy(model(noise.sample(x, generator)).float(), y, label_smoothing=self.smoothing)
+        return functional.cross_entropy(
+            model(noise.sample(x, generator)).float(), y, label_smoothing=self.smoothing
+        )

@@ -41,7 +41,9 @@ def max_absolute_decline(before, after):
     `lib.iss.decline` is the loss without it. Raises ValueError naming after.
     """
     if len(before) != len(after):
-        raise ValueError(f"after must certify the same {len(before)} examples as before; got {len(after)}")
+        raise ValueError(
+            f"after must certify the same {len(before)} examples as before; got {len(after)}"
+        )
     return float(np.max(before.radius - after.radius))
 
 
@@ -53,5 +55,7 @@ def average_sample_size(certificates):
 def speed_up(certificates, n):
     """How many times fewer draws these certificates took than n draws (> 0) of every example would have."""
     if not n > 0:
-        raise ValueError(f"n must be a number of draws > 0, of the standard certification; got {n!r}")
+        raise ValueError(
+            f"n must be a number of draws > 0, of the standard certification; got {n!r}"
+        )
     return float(n / np.mean(certificates.n))

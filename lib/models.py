@@ -7,6 +7,11 @@ from torch import nn
 
 from lib.checks import check_choice
 from lib.data import INFO
+from lib.store.checkpoints import read_checkpoint, state_hash, write_checkpoint
+
+log = logging.getLogger(__name__)
+# The data set of a published checkpoint that does not name it, by its architecture.
+USUAL_DATA = (("cifar", "cifar10"), ("resnet", "imagenet"))
 
 
 class Normalize(nn.Module):
@@ -52,7 +57,9 @@ class _BasicBlock(nn.Module):
         self.bn2 = nn.BatchNorm2d(outputs)
         self.downsample = None
         if stride != 1 or inputs != outputs:
-            self.downsample = nn.Sequential(nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs))
+            self.downsample = nn.Sequential(
+                nn.Conv2d(inputs, outputs, 1, stride, bias=False), nn.BatchNorm2d(outputs)
+            )
 
     def forward(self, x):
         shortcut = x if self.downsample is None else self.downsample(x)
@@ -96,14 +103,18 @@ def build(architecture, data):
     check_choice(INFO, data=data)
     check_choice(ARCHITECTURES, architecture=architecture)
     info = INFO[data]
-    return nn.Sequential(Normalize(info.mean, info.std), ARCHITECTURES[architecture](info.shape, info.classes))
+    return nn.Sequential(
+        Normalize(info.mean, info.std), ARCHITECTURES[architecture](info.shape, info.classes)
+    )
 
 
 def _torchvision(name, shape, classes):
     from lib.vision import torchvision
 
     if shape[0] != 3:
-        raise ValueError(f"architecture {name!r} takes images of 3 channels; this data set has {shape[0]}: take small_cnn or cifar_resnet20")
+        raise ValueError(
+            f"architecture {name!r} takes images of 3 channels; this data set has {shape[0]}: take small_cnn or cifar_resnet20"
+        )
     return getattr(torchvision.models, name)(weights=None, num_classes=classes)
 
 
@@ -117,23 +128,120 @@ ARCHITECTURES = {
 }
 
 
-def folded(model, shape):
-    """The network with its batch norms folded into the convolutions before them (float32), where it can be traced and stays the same; else itself."""
-    if not _batch_norms(model):
-        return model
-    generator = torch.Generator().manual_seed(0)
-    x = torch.rand(8, *shape, generator=generator) + torch.randn(8, *shape, generator=generator)
-    try:
-        from torch.fx.experimental.optimization import fuse  # here, since it may move
-
-        with torch.no_grad():
-            short, before = fuse(model), model(x)
-            same = torch.allclose(short(x), before, rtol=1e-3, atol=1e-3 * float(before.abs().max()))
-    except Exception as error:  # tracing runs the user's code on proxies of tensors: what that raises is anyone's guess
-        logging.getLogger(__name__).debug("batch norms not folded: %s", error)
-        return model
-    return short if same and _batch_norms(short) < _batch_norms(model) else model
+def model_hash(model):
+    """Hex SHA-256 of a model's weights and buffers: names, dtypes, shapes and values."""
+    return state_hash(model.state_dict())
 
 
-def _batch_norms(model):
-    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+def save_checkpoint(path, model, header, half=True):
+    """Write a model: its weights as safetensors, and a header.
+
+    - header: dict with "architecture" and "data" (see `build`) and provenance (loss, sigma, ...).
+    - half: round the weights to half precision (they are read back as float32).
+
+    Raises ValueError where the file could not be read back: a model of other weights than the
+    header says, or weights beyond half precision.
+    """
+    with torch.device("meta"):
+        _check_fit(build(header["architecture"], header["data"]), model.state_dict(), "model")
+    write_checkpoint(path, model.state_dict(), header, half)
+
+
+def load_checkpoint(path, architecture=None, data=None):
+    """Read a model from a file: (module in float32 and eval mode, header dict).
+
+    The module maps images in [0, 1] to logits. The file is one of
+    - ours (save_checkpoint), which says all about itself;
+    - a dict with `arch` and `state_dict` (Cohen et al. 2019 and the repositories that follow it).
+      The first layer normalises by the file's `means` and `sds`, or by the data set's constants;
+    - a dict with `net` (Zhai et al. 2020), which takes images in [0, 1] as they are;
+    - a plain state dict (torchvision's), in front of which the data set's normalisation is set.
+
+    - architecture, data: needed where the file does not say (ARCHITECTURES, lib.data.INFO); data
+      is taken to be cifar10 for cifar_resnet*, imagenet for resnet*.
+
+    The header holds "architecture", "data", "format" and what else the file says. Raises
+    FileNotFoundError, or ValueError on a damaged file, an unknown architecture, and missing,
+    unexpected or misshapen weights, which it lists.
+    """
+    file = read_checkpoint(path)
+    if file.format != "ours":
+        return _build_published(path, file, architecture, data)
+    for name, given in (("architecture", architecture), ("data", data)):
+        if name not in file.header:
+            held = ", ".join(file.header) or "nothing"
+            raise ValueError(f"{path}: its header lacks {name!r}; it holds {held}")
+        if given not in (None, file.header[name]):
+            raise ValueError(
+                f"{name} must be {file.header[name]!r}, as {path} says, or be left out; "
+                f"got {given!r}"
+            )
+    model = build(file.header["architecture"], file.header["data"])
+    _fill(model, file.state, path)
+    return model.eval(), {"format": "ours"} | file.header
+
+
+def _build_published(path, file, architecture, data):
+    architecture = architecture or (file.header.get("arch") if file.format != "net" else None)
+    if architecture not in ARCHITECTURES:
+        says = "does not say its architecture"
+        if architecture:
+            says = f"names the architecture {architecture!r}"
+        raise ValueError(
+            f"{path} {says}: give it, one of {', '.join(ARCHITECTURES)} "
+            "(README: a network of your own)"
+        )
+    data = data or next((d for a, d in USUAL_DATA if architecture.startswith(a)), None)
+    if data not in INFO:
+        raise ValueError(
+            f"{path} does not say its data set: give data, one of {', '.join(INFO)}; got {data!r}"
+        )
+    model = build(architecture, data)
+    _fill(model[1], file.state, path)
+    if file.format == "plain" and not file.constants:
+        log.info(
+            "%s holds no normalisation layer: as for torchvision's weights, one with the mean and "
+            "deviation of %s is put in front", path, data,
+        )  # fmt: skip
+    if file.format == "net" and not file.constants:
+        model[0] = nn.Identity()
+    elif file.constants:
+        mean, std = INFO[data].mean, INFO[data].std
+        model[0] = Normalize(file.constants.get("mean", mean), file.constants.get("std", std))
+    header = {name: value for name, value in file.header.items() if name != "arch"}
+    return model.eval(), header | {
+        "architecture": architecture,
+        "data": data,
+        "format": file.format,
+    }
+
+
+def _fill(model, state, path):
+    """Load weights into a model in float32, where they fit."""
+    _check_fit(model, state, path)
+    state = {k: v.float() if v.is_floating_point() else v for k, v in state.items()}
+    model.load_state_dict(state, strict=False)
+
+
+def _check_fit(model, state, source):
+    """A ValueError that lists what of the weights is missing, unexpected or of another shape."""
+    own = model.state_dict()
+    both = [k for k in own if k in state]
+    # Files from before torch 0.4.1 lack this counter, which the network does not use.
+    needed = [k for k in own if not k.endswith("num_batches_tracked")]
+    faults = {
+        "missing": [k for k in needed if k not in state],
+        "unexpected": [k for k in state if k not in own],
+        "other shapes": [
+            f"{k} {list(state[k].shape)}, not {list(own[k].shape)}"
+            for k in both
+            if state[k].shape != own[k].shape
+        ],
+    }
+    if any(faults.values()):
+        listed = [
+            f"{what}: {', '.join(k[:10])}{f' and {len(k) - 10} more' if k[10:] else ''}"
+            for what, k in faults.items()
+            if k
+        ]
+        raise ValueError(f"{source} does not fit its architecture. {'; '.join(listed)}")

@@ -12,7 +12,7 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown, display
 
-from lib.files import write_atomically
+from lib.store.files import write_atomically
 
 
 def _folder():
@@ -33,15 +33,21 @@ def style():
 
 def _write_csv(data, path):
     if not isinstance(data, pd.DataFrame):
-        raise ValueError(f"data must be a pandas DataFrame, the numbers behind {path}; got {type(data).__name__}")
+        raise ValueError(
+            f"data must be a pandas DataFrame, the numbers behind {path}; got {type(data).__name__}"
+        )
     # Twelve digits: more than a reader needs, fewer than differ between machines.
-    write_atomically(path, data.to_csv(index=False, float_format="%.12g", lineterminator="\n").encode())
+    write_atomically(
+        path, data.to_csv(index=False, float_format="%.12g", lineterminator="\n").encode()
+    )
 
 
 def write_png(fig, path):
     """Write a figure to `path`, whole or not at all, and close it; returns the bytes, the same for the same figure."""
     buffer = io.BytesIO()
-    fig.savefig(buffer, format="png", metadata={"Software": None})  # without matplotlib's version in it
+    fig.savefig(
+        buffer, format="png", metadata={"Software": None}
+    )  # without matplotlib's version in it
     plt.close(fig)
     write_atomically(path, buffer.getvalue())
     return buffer.getvalue()
@@ -70,9 +76,14 @@ def table(frame, name, caption="", digits=3, bold=None):
     shown = frame.copy().astype(object)
     for column in frame:
         cells = frame[column]
-        shown[column] = ["–" if pd.isna(v) else f"{v:.{digits}f}" if isinstance(v, float) else str(v) for v in cells]
+        shown[column] = [
+            "–" if pd.isna(v) else f"{v:.{digits}f}" if isinstance(v, float) else str(v)
+            for v in cells
+        ]
         if column in (bold or []):
-            shown.loc[(cells == cells.max()).to_numpy(), column] = shown[column].map("**{}**".format)
+            shown.loc[(cells == cells.max()).to_numpy(), column] = shown[column].map(
+                "**{}**".format
+            )
     rows = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *shown.to_numpy().tolist()]
     text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
     display(Markdown(f"*{caption}*\n\n{text}" if caption else text))
@@ -80,7 +91,14 @@ def table(frame, name, caption="", digits=3, bold=None):
 
 def certified_accuracy_curves(axes, curves, radii):
     """Draw certified accuracy over the radius, one curve a name: curves {name: accuracy [R]}, radii [R] in l2, pixels in [0, 1]."""
-    for (name, accuracy), dash in zip(curves.items(), itertools.cycle(["-", "--", "-.", ":"]), strict=False):
+    for (name, accuracy), dash in zip(
+        curves.items(), itertools.cycle(["-", "--", "-.", ":"]), strict=False
+    ):
         axes.plot(radii, accuracy, dash, label=name)
-    axes.set(xlabel="$\\ell_2$ radius (pixels in [0, 1])", ylabel="certified accuracy", xlim=(0, float(np.max(radii))), ylim=(0, 1))
+    axes.set(
+        xlabel="$\\ell_2$ radius (pixels in [0, 1])",
+        ylabel="certified accuracy",
+        xlim=(0, float(np.max(radii))),
+        ylim=(0, 1),
+    )
     axes.legend()

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from lib.metrics import abstention, average_certified_radius, certified_accuracy
-from lib.records import read_log
+from lib.store.logs import read_log
 
 
 def summarize(paths, radii=None):
@@ -29,7 +29,10 @@ def summarize(paths, radii=None):
             "abstained": abstention(log),
             "draws": float(log["n"].mean()) if "n" in log else np.nan,
             "seconds": float(log["time"].mean()),
-        } | {f"{r:.12g}": a for r, a in zip(radii, certified_accuracy(log, log["label"], radii), strict=True)}
+        } | {
+            f"{r:.12g}": a
+            for r, a in zip(radii, certified_accuracy(log, log["label"], radii), strict=True)
+        }
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("log")
 
 
@@ -39,14 +42,21 @@ def as_text(table, style):
         return table.to_csv(lineterminator="\n")
     cells = formatted(table)
     if style == "markdown":
-        rows = [["log", *cells], ["---", *["---:"] * cells.shape[1]], *cells.reset_index().to_numpy()]
+        rows = [
+            ["log", *cells],
+            ["---", *["---:"] * cells.shape[1]],
+            *cells.reset_index().to_numpy(),
+        ]
         return "".join("| " + " | ".join(row) + " |\n" for row in rows)
     radii = [column for column in table if column[0].isdigit()]
     if len(table) > 1:
         for column in ["ACR", *radii]:
             top = table[column] == table[column].max()
             cells.loc[top, column] = cells.loc[top, column].map("\\textbf{{{}}}".format)
-    rows = [["log", *(f"$r = {c}$" if c in radii else c for c in cells)], *cells.reset_index().to_numpy()]
+    rows = [
+        ["log", *(f"$r = {c}$" if c in radii else c for c in cells)],
+        *cells.reset_index().to_numpy(),
+    ]
     head, *body = (" & ".join(row).replace("_", "\\_") + " \\\\\n" for row in rows)
     return f"\\begin{{tabular}}{{l{'r' * cells.shape[1]}}}\n\\toprule\n{head}\\midrule\n{''.join(body)}\\bottomrule\n\\end{{tabular}}\n"
 
@@ -54,7 +64,12 @@ def as_text(table, style):
 def formatted(table):
     """Each cell as text: three decimals, whole numbers as such, a dash where a log does not say."""
     digits = {"examples": ",.0f", "draws": ",.0f", "seconds": ".3g"}
-    columns = {column: ["-" if np.isnan(v) else format(v, digits.get(column, ".3f")) for v in table[column]] for column in table}
+    columns = {
+        column: [
+            "-" if np.isnan(v) else format(v, digits.get(column, ".3f")) for v in table[column]
+        ]
+        for column in table
+    }
     return pd.DataFrame(columns, index=table.index)
 
 
@@ -68,7 +83,11 @@ def draw_curves(paths, png):
     radii = np.linspace(0, (max(log["radius"].max() for log in logs.values()) or 1.0) * 1.02, 500)
     style()
     figure, axes = plt.subplots()
-    certified_accuracy_curves(axes, {name: certified_accuracy(log, log["label"], radii) for name, log in logs.items()}, radii)
+    certified_accuracy_curves(
+        axes,
+        {name: certified_accuracy(log, log["label"], radii) for name, log in logs.items()},
+        radii,
+    )
     axes.set_title("Share of examples that are right and certified beyond the radius")
     write_png(figure, png)
 

@@ -6,7 +6,106 @@ from scipy.special import ndtr, ndtri
 from torch import nn
 
 from lib.checks import check_draws, check_images, check_level, check_probability, check_sigma
-from lib.noise import cohen_radius
+
+
+def _check_pair(p_a, p_b, sigma):
+    p_a, p_b, sigma = np.broadcast_arrays(
+        check_probability(p_a, "p_a"), check_probability(p_b, "p_b"), check_sigma(sigma)
+    )
+    if (p_a + p_b > 1 + 1e-12).any():
+        raise ValueError(
+            f"p_a + p_b must be at most 1: they bound the probabilities of two different classes; got {(p_a + p_b).max()}"
+        )
+    return p_a, p_b, sigma
+
+
+def cohen_radius(p_a, p_b, sigma):
+    """Certified l2 radius sigma/2 (Phi^-1(p_a) - Phi^-1(p_b)), tight (Cohen et al. 2019, theorems 1 and 2).
+
+    p_a: lower bound of the top class's probability, p_b: upper bound of every other's; all three broadcast; sigma in pixel units.
+    Returns float64 radii, 0 where p_a <= p_b. Raises ValueError naming the argument.
+    """
+    p_a, p_b, sigma = _check_pair(p_a, p_b, sigma)
+    with np.errstate(invalid="ignore"):
+        radius = sigma / 2 * (ndtri(p_a) - ndtri(p_b))
+    return np.where(p_a > p_b, radius, 0.0)[()]
+
+
+def _supremum(bound, low, high, points=400, rounds=5):
+    """sup of bound(t) over t in [low, high], elementwise: a grid, then ever finer grids about its best point.
+
+    Every value it compares is itself a valid bound, so that a missed supremum loses radius but never soundness.
+    """
+    best = np.zeros(np.shape(low))
+    share = np.linspace(0.0, 1.0, points).reshape(-1, *[1] * np.ndim(low))
+    for _ in range(rounds):
+        t = low + (high - low) * share
+        values = bound(t)
+        best = np.maximum(best, values.max(axis=0))
+        at = values.argmax(axis=0)
+        step = (high - low) / (points - 1)
+        centre = np.take_along_axis(t, at[None], axis=0)[0]
+        low, high = np.maximum(low, centre - step), np.minimum(high, centre + step)
+    return best
+
+
+def lecuyer_bound(p_a, p_b, beta, sigma):
+    """The radius of Lecuyer et al. (2019) at one setting of its parameter beta (Cohen et al. 2019, equation 30); 0 where it says nothing.
+
+    sigma beta / sqrt(2 log(1.25 (1 + e^beta) / (p_a - e^(2 beta) p_b))), for 0 < beta <= min(1, log(p_a / p_b) / 2).
+    """
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        margin = (p_a - p_b) - np.expm1(2 * beta) * p_b
+        radius = sigma * beta / np.sqrt(2 * np.log(1.25 * (1 + np.exp(beta)) / margin))
+    return np.where((margin > 0) & (beta > 0) & (beta <= 1), radius, 0.0)
+
+
+def lecuyer_radius(p_a, p_b, sigma):
+    """Certified l2 radius of Lecuyer et al. (2019): the supremum of `lecuyer_bound` over beta (Cohen et al. 2019, I.1, equation 31).
+
+    Same arguments, units and errors as `cohen_radius`, which is larger everywhere.
+    """
+    p_a, p_b, sigma = _check_pair(p_a, p_b, sigma)
+    top = np.minimum(1.0, np.log1p(np.maximum(p_a - p_b, 0) / np.maximum(p_b, 1e-300)) / 2)
+    return _supremum(lambda beta: lecuyer_bound(p_a, p_b, beta, sigma), np.zeros_like(top), top)[()]
+
+
+def li_bound(p_a, p_b, order, sigma):
+    """The radius of Li et al. (2018) at one order of its Renyi divergence (Cohen et al. 2019, equation 37); 0 where it says nothing.
+
+    sigma sqrt(-2/order log(1 - p_a - p_b + 2 M)), with M the power mean of p_a and p_b of exponent 1 - order, M^(1 - order) =
+    (p_a^(1 - order) + p_b^(1 - order)) / 2: the exponent outside is 1/(1 - order), the geometric mean at order 1.
+    """
+    # With u = log(p_a / p_b) / 2: p_a + p_b = 2 sqrt(p_a p_b) cosh(u) and M = sqrt(p_a p_b) cosh((1 - order) u)^(1 / (1 - order)).
+    # Their difference is taken in logarithms: as written above, it drowns in rounding where p_a is close to p_b.
+    p_b = np.maximum(p_b, 1e-300)
+    power = np.where(order == 1, 1e-300, 1 - order)
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        half = np.log1p((p_a - p_b) / p_b) / 2
+        gap = _log_cosh(power * half) / power - _log_cosh(half)
+        inside = -2 / order * np.log1p((p_a + p_b) * np.expm1(gap))
+    return np.where((p_a > p_b) & (inside > 0), sigma * np.sqrt(np.maximum(inside, 0)), 0.0)
+
+
+def _log_cosh(x):
+    """log cosh(x), to a relative 1e-15 also near 0 (where it is x^2 / 2) and without overflow."""
+    x = np.abs(x)
+    return np.where(
+        x < 1,
+        np.log1p(2 * np.sinh(np.minimum(x, 1) / 2) ** 2),
+        x + np.log1p(np.exp(-2 * x)) - np.log(2),
+    )
+
+
+def li_radius(p_a, p_b, sigma):
+    """Certified l2 radius of Li et al. (2018): the supremum of `li_bound` over the order (Cohen et al. 2019, I.2, equation 38).
+
+    Same arguments, units and errors as `cohen_radius`, which is larger everywhere. The order is searched on a logarithmic scale.
+    """
+    p_a, p_b, sigma = _check_pair(p_a, p_b, sigma)
+    # The best order is between 0.7 and 1.6, also where p_a is close to p_b (tests/test_theory.py); the range searched is wider.
+    low, high = np.full(p_a.shape, -14.0), np.full(p_a.shape, 3.0)
+    return _supremum(lambda t: li_bound(p_a, p_b, np.exp(t), sigma), low, high)[()]
 
 
 def least_probability(p, distance, sigma):
@@ -31,8 +130,12 @@ def most_powerful(mu_x, mu_y, level):
     mu_x, mu_y = check_probability(mu_x, "mu_x"), check_probability(mu_y, "mu_y")
     for name, mu in {"mu_x": mu_x, "mu_y": mu_y}.items():
         if mu.ndim != 1 or mu.shape != mu_x.shape or abs(mu.sum() - 1) > 1e-9:
-            raise ValueError(f"{name} must be probabilities of the same M atoms that sum to 1; got shape {mu.shape} and sum {mu.sum():.6g}")
-    order = np.argsort(-np.arctan2(mu_y, mu_x), kind="stable")  # the order of the ratio, also where mu_x is 0
+            raise ValueError(
+                f"{name} must be probabilities of the same M atoms that sum to 1; got shape {mu.shape} and sum {mu.sum():.6g}"
+            )
+    order = np.argsort(
+        -np.arctan2(mu_y, mu_x), kind="stable"
+    )  # the order of the ratio, also where mu_x is 0
     used, power = (np.concatenate([[0.0], np.cumsum(mu[order])]) for mu in (mu_x, mu_y))
     return np.interp(check_probability(level, "level"), used, power)
 
@@ -44,11 +147,22 @@ def plane_probabilities(labels, edges, x1, x2, sigma):
     cells reach to infinity. x1 [N], x2 [M]: coordinates of the points. Returns float64 [C, N, M].
     """
     labels = np.asarray(labels)
-    if labels.shape != (len(edges) + 1, len(edges) + 1) or labels.dtype.kind not in "iu" or labels.min() < 0:
-        raise ValueError(f"labels must be classes >= 0 of the {len(edges) + 1} x {len(edges) + 1} cells; got {labels.shape} of {labels.dtype}")
+    if (
+        labels.shape != (len(edges) + 1, len(edges) + 1)
+        or labels.dtype.kind not in "iu"
+        or labels.min() < 0
+    ):
+        raise ValueError(
+            f"labels must be classes >= 0 of the {len(edges) + 1} x {len(edges) + 1} cells; got {labels.shape} of {labels.dtype}"
+        )
     lines = np.concatenate([[-np.inf], edges, [np.inf]])
-    mass = [np.diff(ndtr((lines - np.asarray(x)[:, None]) / check_sigma(sigma)), axis=1) for x in (x1, x2)]
-    return np.stack([mass[0] @ (labels == c).astype(np.float64) @ mass[1].T for c in range(labels.max() + 1)])
+    mass = [
+        np.diff(ndtr((lines - np.asarray(x)[:, None]) / check_sigma(sigma)), axis=1)
+        for x in (x1, x2)
+    ]
+    return np.stack(
+        [mass[0] @ (labels == c).astype(np.float64) @ mass[1].T for c in range(labels.max() + 1)]
+    )
 
 
 class LinearClassifier(nn.Module):
@@ -82,7 +196,9 @@ class LinearClassifier(nn.Module):
     def nearest_flip(self, x):
         """The nearest points of the boundary, x - margin w/||w||, [B, ...]: theorem 1's radius away exactly (Cohen et al. 2019, proposition 5)."""
         unit = (self.weight.double() / self.weight.double().norm()).view(1, *x.shape[1:])
-        return (x.double() - torch.from_numpy(self.margin(x)).view(-1, *[1] * (x.ndim - 1)) * unit).to(x.dtype)
+        return (
+            x.double() - torch.from_numpy(self.margin(x)).view(-1, *[1] * (x.ndim - 1)) * unit
+        ).to(x.dtype)
 
 
 class WorstCaseClassifier(nn.Module):
@@ -102,7 +218,9 @@ class WorstCaseClassifier(nn.Module):
 
     def forward(self, z):
         along = (z - self.x).flatten(1) @ self.unit.flatten()
-        slab = torch.bucketize(along, torch.as_tensor(self.cuts, dtype=along.dtype, device=along.device))
+        slab = torch.bucketize(
+            along, torch.as_tensor(self.cuts, dtype=along.dtype, device=along.device)
+        )
         return nn.functional.one_hot(self.order[slab], len(self.order)).to(z.dtype)
 
     def probabilities(self, distance):
@@ -110,7 +228,10 @@ class WorstCaseClassifier(nn.Module):
         distance = np.asarray(distance, dtype=np.float64).reshape(-1, 1)
         inner = ndtr((self.cuts - distance) / self.sigma)
         slabs = np.diff(inner, axis=1)
-        first, second = least_probability(self.p_a, distance, self.sigma), greatest_probability(self.p_b, distance, self.sigma)
+        first, second = (
+            least_probability(self.p_a, distance, self.sigma),
+            greatest_probability(self.p_b, distance, self.sigma),
+        )
         return np.concatenate([first, second, slabs], axis=1)
 
 
@@ -126,11 +247,17 @@ def worst_case_classifier(x, delta_direction, p_a, p_b, sigma):
     check_sigma(sigma)
     check_level(p_a=p_a, p_b=p_b)
     if not p_a > p_b or p_a + p_b > 1 + 1e-12:
-        raise ValueError(f"p_a and p_b must satisfy p_a > p_b and p_a + p_b <= 1, two classes' probabilities; got {p_a} and {p_b}")
+        raise ValueError(
+            f"p_a and p_b must satisfy p_a > p_b and p_a + p_b <= 1, two classes' probabilities; got {p_a} and {p_b}"
+        )
     if (1 - p_a - p_b) / p_b > 10_000:
-        raise ValueError(f"p_b must be at least (1 - p_a - p_b) / 10,000, so that 10,000 other classes suffice; got {p_b} beside p_a = {p_a}")
+        raise ValueError(
+            f"p_b must be at least (1 - p_a - p_b) / 10,000, so that 10,000 other classes suffice; got {p_b} beside p_a = {p_a}"
+        )
     if delta_direction.shape != x.shape or not delta_direction.any():
-        raise ValueError(f"delta_direction must be a direction of x's shape {list(x.shape)}, not 0; got shape {list(delta_direction.shape)}")
+        raise ValueError(
+            f"delta_direction must be a direction of x's shape {list(x.shape)}, not 0; got shape {list(delta_direction.shape)}"
+        )
     return WorstCaseClassifier(x, delta_direction, p_a, p_b, sigma)
 
 
@@ -153,9 +280,15 @@ def unpooled(x, factor):
     check_images(x)
     white = x.double() * factor**2
     if not torch.equal(white, white.round()):
-        raise ValueError(f"x must have pixels that are multiples of 1/{factor**2}, to be made of black and white squares; try another factor")
-    smooth = nn.functional.interpolate(x.double(), scale_factor=factor, mode="bicubic", align_corners=False)
+        raise ValueError(
+            f"x must have pixels that are multiples of 1/{factor**2}, to be made of black and white squares; try another factor"
+        )
+    smooth = nn.functional.interpolate(
+        x.double(), scale_factor=factor, mode="bicubic", align_corners=False
+    )
     squares = nn.functional.pixel_unshuffle(smooth.flatten(0, 1)[:, None], factor)
     # Rounded, so that ties are broken by position on every machine.
     rank = (-squares.round(decimals=6)).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-    return nn.functional.pixel_shuffle((rank < white.flatten(0, 1)[:, None]).float(), factor).view(*x.shape[:2], *smooth.shape[2:])
+    return nn.functional.pixel_shuffle((rank < white.flatten(0, 1)[:, None]).float(), factor).view(
+        *x.shape[:2], *smooth.shape[2:]
+    )

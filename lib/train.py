@@ -10,8 +10,8 @@ import torch
 from tqdm.auto import tqdm
 
 from lib.checks import check_choice, check_draws, check_images, check_labels, check_seed, difference
-from lib.files import sha256, write_atomically
-from lib.probe import logits_of
+from lib.engine.admission import logits_of
+from lib.store.files import sha256, write_atomically
 
 
 def one_cycle(step, steps, peak, warm=0.2):
@@ -29,7 +29,12 @@ def crop_and_flip(x, generator, pad=4):
     rows = top[:, None] + torch.arange(height)
     columns = torch.arange(width).expand(size, width)
     columns = left[:, None] + torch.where(flip[:, None], columns.flip(1), columns)
-    return padded[torch.arange(size)[:, None, None, None], torch.arange(x.shape[1])[:, None, None], rows[:, None, :, None], columns[:, None, None, :]]
+    return padded[
+        torch.arange(size)[:, None, None, None],
+        torch.arange(x.shape[1])[:, None, None],
+        rows[:, None, :, None],
+        columns[:, None, None, :],
+    ]
 
 
 def fit(
@@ -66,10 +71,18 @@ def fit(
         classes = logits_of(model.eval(), x[:1].to(device)).shape[1]
     y = torch.from_numpy(check_labels(torch.as_tensor(y).cpu(), len(x), "y", classes))
     averaged = copy.deepcopy(model) if average else None
-    optimizer = torch.optim.SGD(model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=True)
+    optimizer = torch.optim.SGD(
+        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=True
+    )
     history = _resume(state, settings, model, averaged, optimizer, device)
     steps = max(1, len(x) // batch)
-    with tqdm(total=epochs * steps, initial=len(history) * steps, unit=" steps", delay=3, disable=progress is False) as bar:
+    with tqdm(
+        total=epochs * steps,
+        initial=len(history) * steps,
+        unit=" steps",
+        delay=3,
+        disable=progress is False,
+    ) as bar:
         for epoch in range(len(history), epochs):
             generator, order = _epoch_random(seed, epoch, len(x), device)
             model.train()
@@ -83,7 +96,9 @@ def fit(
                 if augment:
                     images = crop_and_flip(images, generator["cpu"])
                 images = images.to(device).to(memory_format=torch.channels_last)
-                with torch.autocast(device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16):
+                with torch.autocast(
+                    device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
+                ):
                     value = loss(model, images, labels, noise, generator["noise"])
                 optimizer.zero_grad(set_to_none=True)
                 value.backward()
@@ -93,7 +108,9 @@ def fit(
                 total += float(value.detach())
                 bar.update()
             if not np.isfinite(total):
-                raise ValueError(f"training diverged in epoch {epoch + 1} (loss {total / steps}): take a lower lr than {lr}")
+                raise ValueError(
+                    f"training diverged in epoch {epoch + 1} (loss {total / steps}): take a lower lr than {lr}"
+                )
             history.append({"epoch": epoch + 1, "loss": total / steps, "lr": rate})
             bar.set_postfix(loss=f"{total / steps:.3f}", refresh=False)
             _save(state, settings, model, averaged, optimizer, history)
@@ -108,7 +125,10 @@ def fit(
 def _epoch_random(seed, epoch, size, device):
     """Generators and order of one epoch: functions of (seed, epoch), so that a resumed run continues exactly."""
     a, b = (int(v) for v in np.random.SeedSequence([seed, epoch]).generate_state(2))
-    generator = {"cpu": torch.Generator().manual_seed(a), "noise": torch.Generator(device).manual_seed(b)}
+    generator = {
+        "cpu": torch.Generator().manual_seed(a),
+        "noise": torch.Generator(device).manual_seed(b),
+    }
     return generator, torch.randperm(size, generator=generator["cpu"])
 
 
@@ -127,7 +147,12 @@ def _save(path, settings, model, averaged, optimizer, history):
     if path is None:
         return
     buffer = io.BytesIO()
-    parts = {"settings": settings, "model": model.state_dict(), "optimizer": optimizer.state_dict(), "history": history}
+    parts = {
+        "settings": settings,
+        "model": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "history": history,
+    }
     torch.save(parts | ({"averaged": averaged.state_dict()} if averaged else {}), buffer)
     write_atomically(path, buffer.getvalue())
 
@@ -138,7 +163,9 @@ def _resume(path, settings, model, averaged, optimizer, device):
         return []
     parts = torch.load(path, map_location=device, weights_only=True)
     if (old := parts.get("settings", {})) != settings:
-        raise ValueError(f"{path} is of a training with {difference(old, settings)}: go on with that, or delete the file")
+        raise ValueError(
+            f"{path} is of a training with {difference(old, settings)}: go on with that, or delete the file"
+        )
     model.load_state_dict(parts["model"])
     optimizer.load_state_dict(parts["optimizer"])
     if averaged is not None:

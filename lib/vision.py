@@ -15,7 +15,11 @@ _compiled = list(pathlib.Path(importlib.util.find_spec("torchvision").origin).pa
 try:
     torch.ops.load_library(str(_compiled[0]))
 except (IndexError, OSError):
-    torch.library.define("torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    torch.library.define("torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+    torch.library.define(
+        "torchvision::nms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    )
+    torch.library.define(
+        "torchvision::qnms", "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+    )
 
 torchvision = importlib.import_module("torchvision")

@@ -7,14 +7,15 @@ import sys
 import numpy as np
 import torch
 
-from lib.checkpoints import load_checkpoint, model_hash, save_checkpoint
 from lib.checks import check_choice
 from lib.data import content_hash, load
-from lib.engine import BaseClassifier, ModelCounts, cores
+from lib.engine.classifier import BaseClassifier
+from lib.engine.hardware import cores
+from lib.engine.live import ModelCounts
 from lib.losses import GaussianLoss
-from lib.models import build
+from lib.models import build, load_checkpoint, model_hash, save_checkpoint
 from lib.noise import Gaussian
-from lib.records import Record, load_counts, save_counts
+from lib.store.records import Record, load_counts, save_counts
 from lib.train import fit
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
@@ -50,20 +51,36 @@ class Run:
     every: int = 1
 
 
-MODELS = {f"digits-cnn-sigma{s:.2f}": Recipe("small_cnn", "digits", s) for s in (0.12, 0.25, 0.5, 1.0)}
+MODELS = {
+    f"digits-cnn-sigma{s:.2f}": Recipe("small_cnn", "digits", s) for s in (0.12, 0.25, 0.5, 1.0)
+}
 MODELS |= {
-    f"cifar10-resnet20-sigma{s:.2f}-seed{seed}": Recipe("cifar_resnet20", "cifar10", s, seed, 15, 0.2, 128, True, 0.999, 2e-4, "bfloat16", 1)
+    f"cifar10-resnet20-sigma{s:.2f}-seed{seed}": Recipe(
+        "cifar_resnet20", "cifar10", s, seed, 15, 0.2, 128, True, 0.999, 2e-4, "bfloat16", 1
+    )
     for seed in range(5)
     for s in (0.25, 0.5, 1.0)
 }
 # 605,000 draws replay n_max = 500,000 with 1% selection draws and 100,000 fresh ones beside them (notebook 05).
-RUNS = {name: Run(name, recipe.sigma, 100_100 if recipe.sigma == 0.12 else 605_000) for name, recipe in MODELS.items() if recipe.data == "digits"}
+RUNS = {
+    name: Run(name, recipe.sigma, 100_100 if recipe.sigma == 0.12 else 605_000)
+    for name, recipe in MODELS.items()
+    if recipe.data == "digits"
+}
 # Training noise against test noise (figure 15 of Cohen et al. 2019), prediction noise 0.50.
-RUNS |= {f"digits-cnn-sigma{s:.2f}-at0.50": Run(f"digits-cnn-sigma{s:.2f}", 0.5, 100_100) for s in (0.25, 1.0)}
+RUNS |= {
+    f"digits-cnn-sigma{s:.2f}-at0.50": Run(f"digits-cnn-sigma{s:.2f}", 0.5, 100_100)
+    for s in (0.25, 1.0)
+}
 # Of each noise level the seed of highest noisy accuracy among the networks that are there; on every 20th test image. n is the plan: the
 # records may hold fewer draws yet, as their headers say.
 BEST = {0.25: 0, 0.50: 4, 1.00: 2}
-RUNS |= {f"cifar10-resnet20-sigma{s:.2f}": Run(f"cifar10-resnet20-sigma{s:.2f}-seed{seed}", s, 100_100, every=20) for s, seed in BEST.items()}
+RUNS |= {
+    f"cifar10-resnet20-sigma{s:.2f}": Run(
+        f"cifar10-resnet20-sigma{s:.2f}-seed{seed}", s, 100_100, every=20
+    )
+    for s, seed in BEST.items()
+}
 # Small enough for a test to count again.
 RUNS["digits-cnn-sigma0.25-n1000"] = Run("digits-cnn-sigma0.25", 0.25, 1000)
 
@@ -102,8 +119,17 @@ def noisy_accuracy(network, recipe, data_path=None, draws=20):
     """Share of votes for the right class on the test images 1, 21, ..., which are never certified: what networks are chosen by."""
     x, y = load(recipe.data, "test", path=data_path)
     index = np.arange(1, len(x), 20)
-    base = BaseClassifier(network, x.shape[1:], dtype=getattr(torch, recipe.dtype), block=250, layout="channels_last", compile=False)
-    votes = ModelCounts(base, x[index], Gaussian(recipe.sigma), index=index, progress=False).draw(draws)
+    base = BaseClassifier(
+        network,
+        x.shape[1:],
+        dtype=getattr(torch, recipe.dtype),
+        block=250,
+        layout="channels_last",
+        compile=False,
+    )
+    votes = ModelCounts(base, x[index], Gaussian(recipe.sigma), index=index, progress=False).draw(
+        draws
+    )
     return float(votes[np.arange(len(index)), y.numpy()[index]].sum() / votes.sum())
 
 
@@ -134,13 +160,16 @@ def cifar10(data_path, out=DATA):
     for path, run in runs.items():
         best = max((name for name in recipes if recipes[name].sigma == run.sigma), key=shares.get)
         if path.exists() and (old := load_counts(path).header["model"]) != best:
-            print(f"{best} is better than {old}: the record of that one is kept as {old}.npz (in data/, set zoo.BEST)", flush=True)
+            print(
+                f"{best} is better than {old}: the record of that one is kept as {old}.npz (in data/, set zoo.BEST)",
+                flush=True,
+            )
             path.rename(records / f"{old}.npz")
         record(dataclasses.replace(run, model=best), path, data_path=data_path, models=models)
 
 
 def counts(name, n=None, index=None, folder=DATA / "records"):
-    """A record of votes by name: loaded from data/records, or counted live and stored there. Returns lib.records.Record.
+    """A record of votes by name: loaded from data/records, or counted live and stored there. Returns lib.store.records.Record.
 
     n, index: draws and test images of a smaller run than the named one, which is counted live and not stored.
     """
@@ -149,7 +178,9 @@ def counts(name, n=None, index=None, folder=DATA / "records"):
     path = pathlib.Path(folder) / f"{name}.npz"
     if n is None and index is None and path.exists():
         found = load_counts(path, model=run.model, sigma=run.sigma)
-        if found.header["n"] >= run.n or run.every > 1:  # the long records of CIFAR-10 may still grow
+        if (
+            found.header["n"] >= run.n or run.every > 1
+        ):  # the long records of CIFAR-10 may still grow
             return found
     return record(name, path if n is None and index is None else None, n, index)
 
@@ -158,7 +189,7 @@ def record(run, path=None, n=None, index=None, data_path=None, models=DATA / "mo
     """Count the votes of a run (a Run, or a name of RUNS) on its test images or those of `index`, up to `n` draws of each; store them at `path`.
 
     Stored after every ROUND draws of each image; a record at `path` with fewer draws is continued, and ends as if counted at once.
-    Raises ValueError where the record at `path` was counted in another way. Returns lib.records.Record; without a path nothing is stored.
+    Raises ValueError where the record at `path` was counted in another way. Returns lib.store.records.Record; without a path nothing is stored.
     """
     if not isinstance(run, Run):
         check_choice(RUNS, run=run)
@@ -167,8 +198,14 @@ def record(run, path=None, n=None, index=None, data_path=None, models=DATA / "mo
     x, y = load(recipe.data, "test", path=data_path)
     index = np.arange(0, len(x), run.every) if index is None else np.asarray(index)
     labels = y.numpy()[index]
-    engine = {"block": 64, "layout": "channels_last"} if recipe.data == "cifar10" else {"block": 400, "layout": "contiguous"}
-    base = BaseClassifier(network, x.shape[1:], dtype=getattr(torch, recipe.dtype), compile=False, **engine)
+    engine = (
+        {"block": 64, "layout": "channels_last"}
+        if recipe.data == "cifar10"
+        else {"block": 400, "layout": "contiguous"}
+    )
+    base = BaseClassifier(
+        network, x.shape[1:], dtype=getattr(torch, recipe.dtype), compile=False, **engine
+    )
     header = {
         "model": run.model, "model_sha256": model_hash(network), "data": recipe.data, "split": "test", "data_sha256": content_hash(x),
         "sigma": run.sigma, "seed": run.seed, **base.settings,
@@ -206,7 +243,9 @@ def main(what, *paths):
         except KeyboardInterrupt:
             raise SystemExit("\ninterrupted: the same command continues where it stopped") from None
     else:
-        raise SystemExit("usage: python -m lib.zoo models | records | cifar10 DATA [OUT] (DATA: an npz, or the folder or tar.gz of CIFAR-10)")
+        raise SystemExit(
+            "usage: python -m lib.zoo models | records | cifar10 DATA [OUT] (DATA: an npz, or the folder or tar.gz of CIFAR-10)"
+        )
 
 
 if __name__ == "__main__":

@@ -73,7 +73,11 @@ def certify_cases():
 def predict_cases():
     """Classes that all but tie: the likelier the top class, the rarer another one wins."""
     ties = [[1 / c + 1e-9, *[(1 - 1 / c - 1e-9) / (c - 1)] * (c - 1)] for c in (2, 3, 10)]
-    return [(p, alpha) for alpha in (0.05, 0.01, 0.001) for p in (*ties, [0.51, 0.49], [0.45, 0.44, 0.11])]
+    return [
+        (p, alpha)
+        for alpha in (0.05, 0.01, 0.001)
+        for p in (*ties, [0.51, 0.49], [0.45, 0.44, 0.11])
+    ]
 
 
 if __name__ == "__main__":
@@ -83,5 +87,9 @@ if __name__ == "__main__":
     ):
         table = pd.DataFrame([audit(sampler, *case) for case in cases])
         if sampler is run_certify:
-            table.insert(6, "exact / alpha", [exact_rate(p[0], alpha) / alpha for p, alpha in cases])
-        print(f"{name}: worst rate of wrong answers {table['false / alpha'].max():.3f} alpha\n{table.round(3).to_string(index=False)}\n")
+            table.insert(
+                6, "exact / alpha", [exact_rate(p[0], alpha) / alpha for p, alpha in cases]
+            )
+        print(
+            f"{name}: worst rate of wrong answers {table['false / alpha'].max():.3f} alpha\n{table.round(3).to_string(index=False)}\n"
+        )

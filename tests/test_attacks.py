@@ -9,8 +9,9 @@ from lib import attacks, zoo
 from lib.attacks import STREAMS, attack_smoothed
 from lib.certify import ABSTAIN, certify, predict
 from lib.data import load
-from lib.engine import CHUNK, BaseClassifier, ModelCounts, noise_stream
-from lib.noise import Gaussian
+from lib.engine.classifier import BaseClassifier
+from lib.engine.live import ModelCounts
+from lib.noise import CHUNK, Gaussian, noise_stream
 
 NOISE = Gaussian(0.25)
 SHAPE = (1, 8, 8)
@@ -21,7 +22,12 @@ def digits():
     """A trained network, its base classifier, 24 test images and their labels."""
     network = zoo.model("digits-cnn-sigma0.25")
     x, y = load("digits", "test")
-    return network, BaseClassifier(network, SHAPE, dtype=torch.float32, block=400, compile=False), x[:24], y[:24].numpy()
+    return (
+        network,
+        BaseClassifier(network, SHAPE, dtype=torch.float32, block=400, compile=False),
+        x[:24],
+        y[:24].numpy(),
+    )
 
 
 def linear(seed=0):
@@ -60,8 +66,12 @@ def test_one_step_on_a_linear_network_is_its_normal():
     network, normal, _ = linear()
     x = images(6)
     y = np.array([0, 1, 0, 1, 0, 1])
-    delta = (attack_smoothed(network, x, y, NOISE, 10.0, steps=1, step_size=0.1, k=5) - x).flatten(1)
-    np.testing.assert_allclose(delta, np.where(y == 0, 0.1, -0.1)[:, None] * normal.numpy(), atol=1e-6)
+    delta = (attack_smoothed(network, x, y, NOISE, 10.0, steps=1, step_size=0.1, k=5) - x).flatten(
+        1
+    )
+    np.testing.assert_allclose(
+        delta, np.where(y == 0, 0.1, -0.1)[:, None] * normal.numpy(), atol=1e-6
+    )
 
 
 def test_a_linear_network_falls_exactly_beyond_its_margin():
@@ -71,12 +81,22 @@ def test_a_linear_network_falls_exactly_beyond_its_margin():
     margin = (x.flatten(1) @ normal + offset).numpy()
     side = (margin > 0).astype(int)
     for factor, falls in [(0.9, False), (1.1, True)]:
-        attacked = attack_smoothed(network, x, side, NOISE, factor * np.abs(margin), step_size=0.05, steps=40, k=20)
+        attacked = attack_smoothed(
+            network, x, side, NOISE, factor * np.abs(margin), step_size=0.05, steps=40, k=20
+        )
         after = (attacked.flatten(1) @ normal + offset).numpy() > 0
         np.testing.assert_array_equal(after != side, np.full(40, falls))
         # The best attack ends on the normal, at the radius: nothing closer to the other side exists in the ball.
-        np.testing.assert_allclose((attacked.flatten(1) @ normal + offset).numpy(), margin * (1 - factor), atol=2e-4)
-    found = predict(ModelCounts(network, attacked, NOISE, bounded=False, dtype=torch.float32, block=400, compile=False), 20_000, 0.001)
+        np.testing.assert_allclose(
+            (attacked.flatten(1) @ normal + offset).numpy(), margin * (1 - factor), atol=2e-4
+        )
+    found = predict(
+        ModelCounts(
+            network, attacked, NOISE, bounded=False, dtype=torch.float32, block=400, compile=False
+        ),
+        20_000,
+        0.001,
+    )
     assert ((found == 1 - side) | (found == ABSTAIN)).all()
     assert (found == 1 - side).mean() > 0.6
 
@@ -90,7 +110,16 @@ def test_no_certificate_falls_and_beyond_it_most_do(digits):
     fallen = {}
     for factor in (1.0, 2.0):
         radius = factor * found.radius[kept]
-        attacked = attack_smoothed(network, x[kept], found.prediction[kept], NOISE, radius, step_size=radius / 8, k=50, seed=1)
+        attacked = attack_smoothed(
+            network,
+            x[kept],
+            found.prediction[kept],
+            NOISE,
+            radius,
+            step_size=radius / 8,
+            k=50,
+            seed=1,
+        )
         after = predict(ModelCounts(base, attacked, NOISE, seed=2, bounded=False), 1000, 0.001)
         fallen[factor] = np.mean((after != found.prediction[kept]) & (after != ABSTAIN))
     assert fallen[1.0] == 0
@@ -103,7 +132,10 @@ def test_the_attack_beats_random_directions(digits):
     attacked = attack_smoothed(network, x, y, NOISE, radius, k=50)
     direction = torch.randn(x.shape, generator=torch.Generator().manual_seed(0))
     random = x + radius * direction / direction.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-    right = [ModelCounts(base, points, NOISE, bounded=False).draw(500)[np.arange(len(y)), y].mean() / 500 for points in (attacked, random)]
+    right = [
+        ModelCounts(base, points, NOISE, bounded=False).draw(500)[np.arange(len(y)), y].mean() / 500
+        for points in (attacked, random)
+    ]
     assert right[0] < right[1] - 0.2
 
 
@@ -121,18 +153,25 @@ def test_an_example_is_attacked_alike_in_any_company(digits):
     """Its noise is a function of (seed, index, step): neither the batch nor the size of a pass matters, beyond float32 rounding."""
     network, _, x, y = digits
     whole = attack_smoothed(network, x, y, NOISE, 0.4, steps=5, k=30, seed=3)
-    part = attack_smoothed(network, x[[7, 2]], y[[7, 2]], NOISE, 0.4, steps=5, k=30, seed=3, index=[7, 2])
+    part = attack_smoothed(
+        network, x[[7, 2]], y[[7, 2]], NOISE, 0.4, steps=5, k=30, seed=3, index=[7, 2]
+    )
     pieces = attack_smoothed(network, x, y, NOISE, 0.4, steps=5, k=30, seed=3, block=30)
     np.testing.assert_allclose(part, whole[[7, 2]], atol=1e-4)
     np.testing.assert_allclose(pieces, whole, atol=1e-4)
-    assert not np.allclose(attack_smoothed(network, x, y, NOISE, 0.4, steps=5, k=30, seed=4), whole, atol=1e-4)
+    assert not np.allclose(
+        attack_smoothed(network, x, y, NOISE, 0.4, steps=5, k=30, seed=4), whole, atol=1e-4
+    )
 
 
 def test_more_draws_than_a_pass_holds_make_the_same_gradient():
     """On a linear network the gradient's direction has no noise, so that k = 25 in passes of 10, 10 and 5 must give the same image."""
     network, _, _ = linear()
     x = images(3)
-    split, single = (attack_smoothed(network, x, [0, 1, 0], NOISE, 1.0, steps=2, k=25, block=block) for block in (10, 1000))
+    split, single = (
+        attack_smoothed(network, x, [0, 1, 0], NOISE, 1.0, steps=2, k=25, block=block)
+        for block in (10, 1000)
+    )
     np.testing.assert_allclose(split, single, atol=1e-6)
 
 
@@ -141,16 +180,26 @@ def test_sigma_per_example_is_each_examples_own(digits):
     sigma = np.where(np.arange(6) % 2 == 0, 0.1, 0.9)
     both = attack_smoothed(network, x[:6], y[:6], Gaussian(sigma), 0.5, steps=3, k=20)
     for i in range(6):
-        alone = attack_smoothed(network, x[i : i + 1], y[i : i + 1], Gaussian(sigma[i]), 0.5, steps=3, k=20, index=[i])
+        alone = attack_smoothed(
+            network, x[i : i + 1], y[i : i + 1], Gaussian(sigma[i]), 0.5, steps=3, k=20, index=[i]
+        )
         np.testing.assert_allclose(both[i : i + 1], alone, atol=1e-4)
     # Also where each image needs a pass of its own.
-    np.testing.assert_allclose(attack_smoothed(network, x[:6], y[:6], Gaussian(sigma), 0.5, steps=3, k=20, block=20), both, atol=1e-4)
+    np.testing.assert_allclose(
+        attack_smoothed(network, x[:6], y[:6], Gaussian(sigma), 0.5, steps=3, k=20, block=20),
+        both,
+        atol=1e-4,
+    )
 
 
 def test_the_attack_never_sees_the_draws_that_judge_it(monkeypatch):
     """Each step of each example has a stream of its own, beyond every chunk that ModelCounts may draw at the same seed."""
     asked = []
-    monkeypatch.setattr(attacks, "noise_stream", lambda *arguments: asked.append(arguments[:3]) or noise_stream(*arguments))
+    monkeypatch.setattr(
+        attacks,
+        "noise_stream",
+        lambda *arguments: asked.append(arguments[:3]) or noise_stream(*arguments),
+    )
     attack_smoothed(linear()[0], images(2), [0, 1], NOISE, 1.0, steps=3, k=4, seed=6, index=[5, 9])
     assert asked == [(6, i, STREAMS + step) for step in range(3) for i in (5, 9)]
     assert STREAMS * CHUNK > 1e12
@@ -192,7 +241,15 @@ BAD = [
 
 @pytest.mark.parametrize(("change", "message"), BAD)
 def test_bad_input_is_refused_by_name(change, message):
-    arguments = {"model": linear()[0], "x": images(2), "y": [0, 1], "noise": NOISE, "radius": 0.5, "steps": 1, "k": 2}
+    arguments = {
+        "model": linear()[0],
+        "x": images(2),
+        "y": [0, 1],
+        "noise": NOISE,
+        "radius": 0.5,
+        "steps": 1,
+        "k": 2,
+    }
     with pytest.raises(ValueError, match=message):
         attack_smoothed(**(arguments | change))
 
@@ -202,7 +259,9 @@ def test_bad_input_is_refused_by_name(change, message):
 
 def test_unbounded_counts_are_the_same_counts_inside_the_range(digits):
     _, base, x, _ = digits
-    np.testing.assert_array_equal(ModelCounts(base, x, NOISE, bounded=False).draw(150), ModelCounts(base, x, NOISE).draw(150))
+    np.testing.assert_array_equal(
+        ModelCounts(base, x, NOISE, bounded=False).draw(150), ModelCounts(base, x, NOISE).draw(150)
+    )
 
 
 def test_unbounded_counts_admit_any_finite_pixel_and_no_other(digits):

@@ -12,7 +12,12 @@ from scipy.integrate import quad
 from scipy.stats import beta, binom, binomtest
 from statsmodels.stats.proportion import proportion_confint
 
-from lib.bounds import certified_accuracy_lower, clopper_pearson_lower, clopper_pearson_upper, top_class_pvalue
+from lib.bounds import (
+    certified_accuracy_lower,
+    clopper_pearson_lower,
+    clopper_pearson_upper,
+    top_class_pvalue,
+)
 
 ALPHAS = [1e-9, 0.001, 0.05, 0.5, 0.9, 0.999]
 levels = st.one_of(st.sampled_from(ALPHAS), st.floats(1e-12, 0.999))
@@ -53,7 +58,9 @@ def test_lower_is_never_too_high_in_exact_arithmetic(n, alpha):
             assert bound == 0
             continue
         assert exact_tail(k, n, Fraction(bound)) <= Fraction(alpha)
-        assert exact_tail(k, n, min(Fraction(bound) * (1 + Fraction(1, 10**6)), Fraction(1))) > Fraction(alpha)
+        assert exact_tail(
+            k, n, min(Fraction(bound) * (1 + Fraction(1, 10**6)), Fraction(1))
+        ) > Fraction(alpha)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -80,7 +87,11 @@ def test_upper_is_never_too_low_at_many_draws(n, misses, alpha):
     """Few hits: their complement has few misses. Absolute errors of 1e-13 are allowed, on the safe side."""
     hits = min(misses, n - 1)
     bound = clopper_pearson_upper(hits, n, alpha)
-    assert at_most(hits, n, Decimal(float(bound))) <= Decimal(alpha) < at_most(hits, n, Decimal(bound * (1 - 1e-6) - 1e-12))
+    assert (
+        at_most(hits, n, Decimal(float(bound)))
+        <= Decimal(alpha)
+        < at_most(hits, n, Decimal(bound * (1 - 1e-6) - 1e-12))
+    )
 
 
 def test_the_case_that_scipy_gets_wrong():
@@ -116,19 +127,37 @@ def test_scan_of_other_misses(misses):
 # ------------------------------------------------------------------ against other libraries
 
 
-@pytest.mark.parametrize("n", [1, 2, 5, 10, 100, 999, 1000, 1001, 2000, 10_000, 43_290, 100_000, 1_000_000])
+@pytest.mark.parametrize(
+    "n", [1, 2, 5, 10, 100, 999, 1000, 1001, 2000, 10_000, 43_290, 100_000, 1_000_000]
+)
 @pytest.mark.parametrize("alpha", [1e-4, 0.001, 0.05, 0.3])
 def test_interval_against_statsmodels(n, alpha):
     """proportion_confint at 2 alpha; where it disagrees by more than 1e-8, the tail in decimals must be on our side."""
-    k = np.unique(np.concatenate([np.arange(min(n, 30) + 1), n - np.arange(min(n, 30) + 1), np.linspace(0, n, 60).astype(int), [max(0, n - 999)]]))
+    k = np.unique(
+        np.concatenate(
+            [
+                np.arange(min(n, 30) + 1),
+                n - np.arange(min(n, 30) + 1),
+                np.linspace(0, n, 60).astype(int),
+                [max(0, n - 999)],
+            ]
+        )
+    )
     low, up = proportion_confint(k, n, alpha=2 * alpha, method="beta")
     ours = clopper_pearson_lower(k, n, alpha)
     for i in np.flatnonzero(~np.isclose(ours, low, rtol=1e-8, atol=0)):
         assert k[i] == n - 999
-        assert Decimal(alpha) * (1 - Decimal("1e-5")) < long_tail(n - k[i], n, ours[i]) <= Decimal(alpha) < 1
+        assert (
+            Decimal(alpha) * (1 - Decimal("1e-5"))
+            < long_tail(n - k[i], n, ours[i])
+            <= Decimal(alpha)
+            < 1
+        )
         assert abs(long_tail(n - k[i], n, low[i]) / Decimal(alpha) - 1) > Decimal("1e-6")
     same = k != 999
-    np.testing.assert_allclose(clopper_pearson_upper(k, n, alpha)[same], up[same], rtol=1e-8, atol=2e-13)
+    np.testing.assert_allclose(
+        clopper_pearson_upper(k, n, alpha)[same], up[same], rtol=1e-8, atol=2e-13
+    )
 
 
 @given(st.integers(1, 5000), st.floats(0, 1), st.sampled_from([0.0005, 0.001, 0.01, 0.05, 0.2]))
@@ -140,14 +169,21 @@ def test_interval_against_scipys_exact_interval(n, share, alpha):
         assert clopper_pearson_lower(k, n, alpha) == pytest.approx(exact.low, rel=1e-7)
         assert clopper_pearson_upper(k, n, alpha) == pytest.approx(exact.high, rel=1e-7)
     else:
-        assert binom.sf(k - 1, n, clopper_pearson_lower(k, n, alpha)) == pytest.approx(alpha, rel=1e-5)
+        assert binom.sf(k - 1, n, clopper_pearson_lower(k, n, alpha)) == pytest.approx(
+            alpha, rel=1e-5
+        )
 
 
-@pytest.mark.parametrize(("k", "n", "alpha"), [(2.5, 7, 0.001), (0.3, 4, 0.05), (99.5, 100, 0.001), (950.25, 1000, 0.01), (6.999, 7, 0.2)])
+@pytest.mark.parametrize(
+    ("k", "n", "alpha"),
+    [(2.5, 7, 0.001), (0.3, 4, 0.05), (99.5, 100, 0.001), (950.25, 1000, 0.01), (6.999, 7, 0.2)],
+)
 def test_real_counts_solve_the_beta_integral(k, n, alpha):
     """For real k the equation is I_bound(k, n - k + 1) = alpha: the density of Beta(k, n - k + 1) integrated by quadrature."""
     bound = clopper_pearson_lower(k, n, alpha)
-    assert quad(beta(k, n - k + 1).pdf, 0, bound, epsabs=0, epsrel=1e-9)[0] == pytest.approx(alpha, rel=1e-7)
+    assert quad(beta(k, n - k + 1).pdf, 0, bound, epsabs=0, epsrel=1e-9)[0] == pytest.approx(
+        alpha, rel=1e-7
+    )
 
 
 # ------------------------------------------------------------------ shape, order and extremes
@@ -155,7 +191,9 @@ def test_real_counts_solve_the_beta_integral(k, n, alpha):
 
 def test_extremes_by_hand():
     """All hits: alpha^(1/n). No hits: 0. One of two: P(X >= 1) = 1 - (1 - p)^2 = alpha."""
-    assert clopper_pearson_lower(100_000, 100_000, 0.001) == pytest.approx(0.001 ** (1 / 100_000), rel=1e-14)
+    assert clopper_pearson_lower(100_000, 100_000, 0.001) == pytest.approx(
+        0.001 ** (1 / 100_000), rel=1e-14
+    )
     assert clopper_pearson_lower(0, 100_000, 0.001) == 0
     assert clopper_pearson_lower(1, 2, 0.19) == pytest.approx(0.1, rel=1e-9)
     assert clopper_pearson_upper(0, 1000, 0.001) == pytest.approx(1 - 0.001**0.001, rel=1e-12)
@@ -165,7 +203,29 @@ def test_extremes_by_hand():
 def test_never_nan_and_always_a_probability():
     """Corners: one draw and a billion, hits next to 0 and to n, real or whole, levels from 1e-200 to almost 1."""
     for n in (1, 2, 1000, 10**6, 10**9):
-        k = np.unique(np.clip([0, 1e-300, 1e-9, 0.001, 0.5, 1, 1.5, 2, n / 3, n / 2, n - 2, n - 1, n - 0.5, n - 1e-9, n], 0, n))
+        k = np.unique(
+            np.clip(
+                [
+                    0,
+                    1e-300,
+                    1e-9,
+                    0.001,
+                    0.5,
+                    1,
+                    1.5,
+                    2,
+                    n / 3,
+                    n / 2,
+                    n - 2,
+                    n - 1,
+                    n - 0.5,
+                    n - 1e-9,
+                    n,
+                ],
+                0,
+                n,
+            )
+        )
         for alpha in (1e-200, 1e-30, 0.001, 0.5, 0.999, 1 - 1e-12):
             low, up = clopper_pearson_lower(k, n, alpha), clopper_pearson_upper(k, n, alpha)
             for bound in (low, up):
@@ -181,7 +241,9 @@ def test_a_level_above_one_half_where_the_quantile_fails():
     """At alpha = .999 the bound lies above k / n = 4.6e-5; the exact tail is 1 - (1 - p)^n - n p (1 - p)^(n - 1)."""
     p = clopper_pearson_lower(2, 43_290, 0.999)
     assert p > 2 / 43_290
-    assert 1 - at_most(1, 43_290, Decimal(float(p))) == pytest.approx(Decimal("0.999"), rel=Decimal("1e-8"))
+    assert 1 - at_most(1, 43_290, Decimal(float(p))) == pytest.approx(
+        Decimal("0.999"), rel=Decimal("1e-8")
+    )
 
 
 @given(st.integers(2, 2_000_000), st.floats(0, 1), st.floats(1e-6, 0.4), st.integers(1, 1000))
@@ -214,7 +276,9 @@ def test_repeated_counts_are_each_given_their_own_bound():
     rng = np.random.default_rng(0)
     k, n = rng.integers(0, 20, (40, 5)), rng.integers(20, 23, (40, 5))
     for draws in (n, np.full_like(n, 20)):
-        expected = [clopper_pearson_lower(a, b, 0.01) for a, b in zip(k.flat, draws.flat, strict=True)]
+        expected = [
+            clopper_pearson_lower(a, b, 0.01) for a, b in zip(k.flat, draws.flat, strict=True)
+        ]
         np.testing.assert_array_equal(clopper_pearson_lower(k, draws, 0.01).ravel(), expected)
 
 
@@ -256,7 +320,9 @@ def test_top_class_pvalue_in_exact_arithmetic(n_a, n_b):
 
 def test_certified_accuracy_lower_by_hand():
     """m = 500, y = 400, alpha = rho = .001: (.8 - .001 - sqrt(.002 * .999 * log(1000) / 500) - log(1000) / 1500) / .999 = .78992."""
-    assert certified_accuracy_lower(400, 500, 0.001, 0.001) == pytest.approx((0.8 - 0.001 - 0.00525386 - 0.00460517) / 0.999, abs=1e-7)
+    assert certified_accuracy_lower(400, 500, 0.001, 0.001) == pytest.approx(
+        (0.8 - 0.001 - 0.00525386 - 0.00460517) / 0.999, abs=1e-7
+    )
     values = certified_accuracy_lower(np.arange(501), 500, 0.001, 0.001)
     assert values[0] == 0
     assert (np.diff(values) >= 0).all()

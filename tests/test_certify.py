@@ -31,16 +31,26 @@ class Scripted:
 
 def test_certify_by_hand():
     """All of 100,000 votes: 3.811 sigma. 99,000: statsmodels' interval. 50,100: abstain. The class comes from the first draw alone."""
-    source = Scripted([[60, 40], [40, 60], [55, 45], [99, 1]], [[100_000, 0], [1000, 99_000], [50_100, 49_900], [100, 99_900]])
+    source = Scripted(
+        [[60, 40], [40, 60], [55, 45], [99, 1]],
+        [[100_000, 0], [1000, 99_000], [50_100, 49_900], [100, 99_900]],
+    )
     found = certify(source, Gaussian(0.5), n0=100, n=100_000, alpha=0.001)
     low = proportion_confint(99_000, 100_000, alpha=0.002, method="beta")[0]
     np.testing.assert_array_equal(found.prediction, [0, 1, ABSTAIN, ABSTAIN])
-    np.testing.assert_allclose(found.radius, [0.5 * norm.ppf(0.001**1e-5), 0.5 * norm.ppf(low), 0, 0], rtol=1e-9)
+    np.testing.assert_allclose(
+        found.radius, [0.5 * norm.ppf(0.001**1e-5), 0.5 * norm.ppf(low), 0, 0], rtol=1e-9
+    )
     np.testing.assert_allclose(found.p_lower[:2], [0.001**1e-5, low], rtol=1e-9)
     assert (found.p_lower[2:] < 0.5).all()
     np.testing.assert_array_equal(found.n, 100_100)
     assert source.asked == [100, 100_000]
-    assert [a.dtype for a in (found.prediction, found.radius, found.p_lower, found.n)] == [np.int64, np.float64, np.float64, np.int64]
+    assert [a.dtype for a in (found.prediction, found.radius, found.p_lower, found.n)] == [
+        np.int64,
+        np.float64,
+        np.float64,
+        np.int64,
+    ]
 
 
 def test_certify_follows_the_pseudo_code():
@@ -53,15 +63,24 @@ def test_certify_follows_the_pseudo_code():
         low = proportion_confint(second[i, named], 200, alpha=0.02, method="beta")[0]
         low = 0.0 if np.isnan(low) else low
         expected = (named, 0.25 * norm.ppf(low)) if low > 0.5 else (ABSTAIN, 0.0)
-        assert (found.prediction[i], found.radius[i]) == (expected[0], pytest.approx(expected[1], abs=1e-8))
+        assert (found.prediction[i], found.radius[i]) == (
+            expected[0],
+            pytest.approx(expected[1], abs=1e-8),
+        )
 
 
 def test_certify_with_draws_and_noise_of_each_example():
     source = RecordedCounts([[100, 0], [1000, 0], [0, 500]])
-    found = certify(source, Gaussian([0.1, 0.2, 0.3]), n0=[10, 10, 20], n=[90, 990, 300], alpha=0.001)
+    found = certify(
+        source, Gaussian([0.1, 0.2, 0.3]), n0=[10, 10, 20], n=[90, 990, 300], alpha=0.001
+    )
     np.testing.assert_array_equal(found.n, [100, 1000, 320])
     np.testing.assert_array_equal(found.prediction, [0, 0, 1])
-    np.testing.assert_allclose(found.radius, np.array([0.1, 0.2, 0.3]) * norm.ppf(0.001 ** (1 / np.array([90, 990, 300]))), rtol=1e-9)
+    np.testing.assert_allclose(
+        found.radius,
+        np.array([0.1, 0.2, 0.3]) * norm.ppf(0.001 ** (1 / np.array([90, 990, 300]))),
+        rtol=1e-9,
+    )
     np.testing.assert_array_equal(source.remaining.sum(axis=1), [0, 0, 180])
 
 
@@ -75,14 +94,23 @@ def test_certify_with_the_class_given():
 
 def test_a_bound_of_one_half_abstains():
     """One draw at alpha = 1/2: the bound is 1/2, less its rounding, and certifies nothing; a little above, it does. Exactly 1/2 does not, either."""
-    assert certify(Scripted([[1, 0]], [[1, 0]]), Gaussian(1.0), n0=1, n=1, alpha=0.5).prediction == ABSTAIN
-    assert certify(Scripted([[1, 0]], [[1, 0]]), Gaussian(1.0), n0=1, n=1, alpha=0.501).radius == pytest.approx(norm.ppf(0.501), rel=1e-6)
-    found = Certificates.from_bounds(np.array([3, 3]), np.array([0.5, np.nextafter(0.5, 1)]), Gaussian(1.0), draws=10)
+    assert (
+        certify(Scripted([[1, 0]], [[1, 0]]), Gaussian(1.0), n0=1, n=1, alpha=0.5).prediction
+        == ABSTAIN
+    )
+    assert certify(
+        Scripted([[1, 0]], [[1, 0]]), Gaussian(1.0), n0=1, n=1, alpha=0.501
+    ).radius == pytest.approx(norm.ppf(0.501), rel=1e-6)
+    found = Certificates.from_bounds(
+        np.array([3, 3]), np.array([0.5, np.nextafter(0.5, 1)]), Gaussian(1.0), draws=10
+    )
     np.testing.assert_array_equal(found.prediction, [ABSTAIN, 3])
 
 
 def test_certificates_as_a_table():
-    found = Certificates.from_bounds(np.array([3, 1, 2]), np.array([0.9, 0.5, 0.7]), Gaussian(1.0), draws=10)
+    found = Certificates.from_bounds(
+        np.array([3, 1, 2]), np.array([0.9, 0.5, 0.7]), Gaussian(1.0), draws=10
+    )
     plain, table = found.frame(), found.frame(labels=[3, 1, 0])
     assert list(plain.columns) == ["prediction", "radius", "p_lower", "n"]
     assert list(table.columns) == ["label", "prediction", "radius", "p_lower", "n", "correct"]
@@ -119,8 +147,12 @@ def test_the_audit_sees_a_broken_sampler():
 def test_predict_by_hand():
     """10 to 0: p-value 2 / 1024. 9 to 1: 22 / 1024. A tie and a third class never decide."""
     source = [[10, 0, 0], [1, 9, 0], [5, 5, 0], [0, 0, 10], [6, 2, 2]]
-    np.testing.assert_array_equal(predict(Scripted(source), n=10, alpha=0.002), [0, ABSTAIN, ABSTAIN, 2, ABSTAIN])
-    np.testing.assert_array_equal(predict(Scripted(source), n=10, alpha=22 / 1024), [0, 1, ABSTAIN, 2, ABSTAIN])
+    np.testing.assert_array_equal(
+        predict(Scripted(source), n=10, alpha=0.002), [0, ABSTAIN, ABSTAIN, 2, ABSTAIN]
+    )
+    np.testing.assert_array_equal(
+        predict(Scripted(source), n=10, alpha=22 / 1024), [0, 1, ABSTAIN, 2, ABSTAIN]
+    )
     np.testing.assert_array_equal(predict(Scripted(source), n=10, alpha=0.3), [0, 1, ABSTAIN, 2, 0])
 
 
@@ -137,7 +169,9 @@ def test_predict_follows_the_pseudo_code():
 
 def test_predict_of_one_class_alone():
     """Without a rival the test is of n votes to none."""
-    np.testing.assert_array_equal(predict(SimulatedCounts([[1.0], [1.0]]), n=20, alpha=0.001), [0, 0])
+    np.testing.assert_array_equal(
+        predict(SimulatedCounts([[1.0], [1.0]]), n=20, alpha=0.001), [0, 0]
+    )
 
 
 @pytest.mark.parametrize(("probabilities", "alpha"), predict_cases())

@@ -9,9 +9,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from lib.checkpoints import load_checkpoint, model_hash, save_checkpoint
 from lib.data import INFO
-from lib.models import ARCHITECTURES, Normalize, build
+from lib.models import ARCHITECTURES, Normalize, build, load_checkpoint, model_hash, save_checkpoint
 
 CIFAR = INFO["cifar10"]
 
@@ -54,34 +53,55 @@ def assert_same_logits(found, source, shape=(3, 32, 32)):
         torch.testing.assert_close(found(x), source.eval()(x), rtol=0, atol=0)
 
 
-STORED, FIXED = NormalizeLayer([0.1, 0.2, 0.3], [0.9, 0.8, 0.7]), NormalizeLayer(CIFAR.mean, CIFAR.std, stored=False)
+STORED, FIXED = (
+    NormalizeLayer([0.1, 0.2, 0.3], [0.9, 0.8, 0.7]),
+    NormalizeLayer(CIFAR.mean, CIFAR.std, stored=False),
+)
 
 
-@pytest.mark.parametrize("layer", [STORED, FIXED], ids=["constants in the file", "constants of the data set"])
+@pytest.mark.parametrize(
+    "layer", [STORED, FIXED], ids=["constants in the file", "constants of the data set"]
+)
 @pytest.mark.parametrize(
     ("wrap", "prefix"),
     [
         (lambda layer, net: nn.Sequential(layer, net), "1."),
         (lambda layer, net: nn.Sequential(layer, nn.DataParallel(net)), "1.module."),
         (lambda layer, net: nn.DataParallel(nn.Sequential(layer, net)), "module.1."),
-        (lambda layer, net: nn.DataParallel(nn.Sequential(layer, nn.DataParallel(net))), "module.1.module."),
+        (
+            lambda layer, net: nn.DataParallel(nn.Sequential(layer, nn.DataParallel(net))),
+            "module.1.module.",
+        ),
     ],
 )
 def test_the_fields_format(tmp_path, layer, wrap, prefix):
     """dict(arch, epoch, state_dict) under each of the prefixes that Sequential and DataParallel give."""
     source = wrap(layer, network())
     assert sum(name.startswith(f"{prefix}conv1") for name in source.state_dict()) == 1
-    path = save(tmp_path / "checkpoint.pth.tar", {"epoch": 90, "arch": "cifar_resnet20", "state_dict": source.state_dict()})
+    path = save(
+        tmp_path / "checkpoint.pth.tar",
+        {"epoch": 90, "arch": "cifar_resnet20", "state_dict": source.state_dict()},
+    )
     found, header = load_checkpoint(path)
     assert_same_logits(found, source)
-    assert header == {"architecture": "cifar_resnet20", "data": "cifar10", "epoch": 90, "format": "state_dict"}
+    assert header == {
+        "architecture": "cifar_resnet20",
+        "data": "cifar10",
+        "epoch": 90,
+        "format": "state_dict",
+    }
 
 
 def test_the_fields_format_of_old_torch_with_an_optimizer(tmp_path):
     """Files of torch before 1.6 are no zip archives; training scripts store the optimizer's state in them, too."""
     source = nn.Sequential(FIXED, nn.DataParallel(network()))
     optimizer = torch.optim.SGD(source.parameters(), lr=0.1, momentum=0.9)
-    content = {"epoch": 1, "arch": "cifar_resnet20", "state_dict": source.state_dict(), "optimizer": optimizer.state_dict()}
+    content = {
+        "epoch": 1,
+        "arch": "cifar_resnet20",
+        "state_dict": source.state_dict(),
+        "optimizer": optimizer.state_dict(),
+    }
     torch.save(content, tmp_path / "old.tar", _use_new_zipfile_serialization=False)
     assert (tmp_path / "old.tar").read_bytes()[:1] == b"\x80"
     assert_same_logits(load_checkpoint(tmp_path / "old.tar")[0], source)
@@ -89,28 +109,47 @@ def test_the_fields_format_of_old_torch_with_an_optimizer(tmp_path):
 
 def test_older_still_without_the_batch_counters(tmp_path):
     source = nn.Sequential(FIXED, network())
-    state = {name: value for name, value in source.state_dict().items() if "num_batches" not in name}
+    state = {
+        name: value for name, value in source.state_dict().items() if "num_batches" not in name
+    }
     assert len(state) < len(source.state_dict())
-    assert_same_logits(load_checkpoint(save(tmp_path / "c.tar", {"arch": "cifar_resnet20", "state_dict": state}))[0], source)
+    assert_same_logits(
+        load_checkpoint(save(tmp_path / "c.tar", {"arch": "cifar_resnet20", "state_dict": state}))[
+            0
+        ],
+        source,
+    )
 
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_macers_format(tmp_path, parallel):
     """dict(net): no normalisation layer, the network sees images in [0, 1]. The file does not name its architecture."""
     source = network()
-    path = save(tmp_path / "440.pth", {"net": (nn.DataParallel(source) if parallel else source).state_dict(), "epoch": 440})
-    with pytest.raises(ValueError, match=r"does not say its architecture: give it, one of mlp, .*cifar_resnet110"):
+    path = save(
+        tmp_path / "440.pth",
+        {"net": (nn.DataParallel(source) if parallel else source).state_dict(), "epoch": 440},
+    )
+    with pytest.raises(
+        ValueError, match=r"does not say its architecture: give it, one of mlp, .*cifar_resnet110"
+    ):
         load_checkpoint(path)
     found, header = load_checkpoint(path, architecture="cifar_resnet20")
     assert_same_logits(found, source)
-    assert header == {"architecture": "cifar_resnet20", "data": "cifar10", "epoch": 440, "format": "net"}
+    assert header == {
+        "architecture": "cifar_resnet20",
+        "data": "cifar10",
+        "epoch": 440,
+        "format": "net",
+    }
 
 
 def test_torchvisions_format(tmp_path, caplog):
     """A plain state dict: torchvision's weights, which expect ImageNet's normalisation in front. It is put there, and said."""
     caplog.set_level("INFO")
     net = network("resnet18", "imagenet")
-    found, header = load_checkpoint(save(tmp_path / "resnet18.pth", net.state_dict()), architecture="resnet18")
+    found, header = load_checkpoint(
+        save(tmp_path / "resnet18.pth", net.state_dict()), architecture="resnet18"
+    )
     info = INFO["imagenet"]
     assert_same_logits(found, nn.Sequential(Normalize(info.mean, info.std), net), (3, 64, 64))
     assert header == {"architecture": "resnet18", "data": "imagenet", "format": "plain"}
@@ -120,15 +159,29 @@ def test_torchvisions_format(tmp_path, caplog):
 
 def test_ours(tmp_path):
     model = build("small_cnn", "digits").eval()
-    save_checkpoint(tmp_path / "m.safetensors", model, {"architecture": "small_cnn", "data": "digits", "sigma": 0.5}, half=False)
+    save_checkpoint(
+        tmp_path / "m.safetensors",
+        model,
+        {"architecture": "small_cnn", "data": "digits", "sigma": 0.5},
+        half=False,
+    )
     found, header = load_checkpoint(tmp_path / "m.safetensors")
     assert model_hash(found) == model_hash(model)
     assert header == {"architecture": "small_cnn", "data": "digits", "sigma": 0.5, "format": "ours"}
-    with pytest.raises(ValueError, match=r"architecture must be 'small_cnn', as .* says, or be left out; got 'mlp'"):
+    with pytest.raises(
+        ValueError, match=r"architecture must be 'small_cnn', as .* says, or be left out; got 'mlp'"
+    ):
         load_checkpoint(tmp_path / "m.safetensors", architecture="mlp")
-    with pytest.raises(ValueError, match=r"data must be 'digits', as .* says, or be left out; got 'mnist'"):
+    with pytest.raises(
+        ValueError, match=r"data must be 'digits', as .* says, or be left out; got 'mnist'"
+    ):
         load_checkpoint(tmp_path / "m.safetensors", data="mnist")
-    for damaged in (b"", (whole := (tmp_path / "m.safetensors").read_bytes())[:-1], whole[8:], whole + b"0"):
+    for damaged in (
+        b"",
+        (whole := (tmp_path / "m.safetensors").read_bytes())[:-1],
+        whole[8:],
+        whole + b"0",
+    ):
         (tmp_path / "damaged").write_bytes(damaged)
         with pytest.raises(ValueError, match=r"damaged is damaged or no checkpoint"):
             load_checkpoint(tmp_path / "damaged")
@@ -138,9 +191,13 @@ def test_a_plain_dict_of_our_own_network(tmp_path):
     """torch.save of the state dict of lib.models.build, normalisation included."""
     source = build("small_cnn", "mnist").eval()
     path = save(tmp_path / "m.pth", source.state_dict())
-    with pytest.raises(ValueError, match=r"does not say its data set: give data, one of digits, mnist"):
+    with pytest.raises(
+        ValueError, match=r"does not say its data set: give data, one of digits, mnist"
+    ):
         load_checkpoint(path, architecture="small_cnn")
-    assert_same_logits(load_checkpoint(path, architecture="small_cnn", data="mnist")[0], source, (1, 28, 28))
+    assert_same_logits(
+        load_checkpoint(path, architecture="small_cnn", data="mnist")[0], source, (1, 28, 28)
+    )
 
 
 class Exploit:
@@ -167,24 +224,48 @@ def wrong_files():
     field = {"arch": "cifar_resnet20", "epoch": 1}
     whole = saved(field | {"state_dict": state})
     header = {"header": '{"data": "digits"}'}
-    buffers["unknown architecture"] = saved(field | {"arch": "vgg16", "state_dict": state}), r"names the architecture 'vgg16'.*one of mlp, .*resnet50"
-    buffers["missing weights"] = saved(field | {"state_dict": without}), r"missing: conv1\.weight, fc\.bias"
-    buffers["unexpected weights"] = saved(field | {"state_dict": more}), r"unexpected: extra\.weight"
-    buffers["other shapes"] = saved(field | {"state_dict": shaped}), r"other shapes: fc\.weight \[100, 64\], not \[10, 64\]"
+    buffers["unknown architecture"] = (
+        saved(field | {"arch": "vgg16", "state_dict": state}),
+        r"names the architecture 'vgg16'.*one of mlp, .*resnet50",
+    )
+    buffers["missing weights"] = (
+        saved(field | {"state_dict": without}),
+        r"missing: conv1\.weight, fc\.bias",
+    )
+    buffers["unexpected weights"] = (
+        saved(field | {"state_dict": more}),
+        r"unexpected: extra\.weight",
+    )
+    buffers["other shapes"] = (
+        saved(field | {"state_dict": shaped}),
+        r"other shapes: fc\.weight \[100, 64\], not \[10, 64\]",
+    )
     buffers["another architecture"] = (
         saved(field | {"arch": "cifar_resnet110", "state_dict": state}),
         r"missing: layer1\.3\.conv1\.weight.* and \d+ more",
     )
-    buffers["no weights"] = saved({"epoch": 3, "accuracy": 0.9}), r"expected a dict with state_dict and arch.*holds epoch, accuracy"
+    buffers["no weights"] = (
+        saved({"epoch": 3, "accuracy": 0.9}),
+        r"expected a dict with state_dict and arch.*holds epoch, accuracy",
+    )
     buffers["no dict"] = saved(torch.zeros(3)), "it holds Tensor"
-    buffers["code"] = saved(field | {"state_dict": state, "note": Exploit()}), "could run any code and is not read"
+    buffers["code"] = (
+        saved(field | {"state_dict": state, "note": Exploit()}),
+        "could run any code and is not read",
+    )
     buffers["pickled code"] = pickle.dumps(Exploit()), "could run any code and is not read"
     buffers["whole module"] = saved(network()), "could run any code and is not read"
     buffers["truncated"] = whole[: len(whole) // 2], "is damaged, or holds more"
     buffers["text"] = b"<html>404: Not Found</html>", "is damaged or no checkpoint"
     buffers["empty"] = b"", "is damaged or no checkpoint"
-    buffers["safetensors without our header"] = safetensors.torch.save({"w": torch.zeros(1)}), "is damaged or no checkpoint"
-    buffers["safetensors of half a header"] = safetensors.torch.save({"w": torch.zeros(1)}, metadata=header), "its header lacks 'architecture'"
+    buffers["safetensors without our header"] = (
+        safetensors.torch.save({"w": torch.zeros(1)}),
+        "is damaged or no checkpoint",
+    )
+    buffers["safetensors of half a header"] = (
+        safetensors.torch.save({"w": torch.zeros(1)}, metadata=header),
+        "its header lacks 'architecture'",
+    )
     return buffers
 
 
@@ -216,11 +297,15 @@ def test_a_flipped_bit_is_a_value_error_or_one_weight(tmp_path, ours):
 def test_what_is_written_can_be_read_or_is_refused(tmp_path):
     header, path = {"architecture": "mlp", "data": "digits"}, tmp_path / "c"
     bare = nn.Sequential(nn.Identity(), build("mlp", "digits")[1])
-    with pytest.raises(ValueError, match=r"model does not fit its architecture\. missing: 0\.mean, 0\.std"):
+    with pytest.raises(
+        ValueError, match=r"model does not fit its architecture\. missing: 0\.mean, 0\.std"
+    ):
         save_checkpoint(path, bare, header)
     large = build("mlp", "digits")
     nn.init.constant_(large[1][1].bias, 1e5)
-    with pytest.raises(ValueError, match=r"half precision cannot hold, in 1\.1\.bias: pass half=False"):
+    with pytest.raises(
+        ValueError, match=r"half precision cannot hold, in 1\.1\.bias: pass half=False"
+    ):
         save_checkpoint(path, large, header)
     assert not path.exists()
     save_checkpoint(path, large, header, half=False)

@@ -20,19 +20,33 @@ from typer.testing import CliRunner
 
 import lib
 from lib import __main__ as cli
-from lib import data, runner, zoo
+from lib import data, zoo
 from lib.certify import certify
-from lib.checkpoints import load_checkpoint, model_hash
 from lib.counts import RecordedCounts
-from lib.engine import BaseClassifier, ModelCounts
+from lib.engine import jobs as runner
+from lib.engine.classifier import BaseClassifier
+from lib.engine.live import ModelCounts
 from lib.iss import certify_iss, sample_size_map
+from lib.models import load_checkpoint, model_hash
 from lib.noise import Gaussian
-from lib.records import load_counts
+from lib.store.records import load_counts
 
 ROOT = pathlib.Path(__file__).parent.parent
 PUBLISHED = ROOT / "data/records/imagenet-resnet50-consistency-sigma0.50.tsv"
 ENGINE = ["--dtype", "float32", "--block", "64", "--layout", "contiguous", "--no-compile"]
-SMALL = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--n0", "20", "--n", "300", "--stop", "12", *ENGINE]
+SMALL = [
+    "certify",
+    "digits-cnn-sigma0.50",
+    "--sigma",
+    "0.5",
+    "--n0",
+    "20",
+    "--n",
+    "300",
+    "--stop",
+    "12",
+    *ENGINE,
+]
 
 
 def call(*arguments):
@@ -89,19 +103,54 @@ def reference(tmp_path_factory):
 def test_the_log_and_the_record_are_those_of_the_library(reference):
     """The same certificates and votes as lib.certify on all images in one batch; the log read as the field's analysis reads it."""
     images, labels = data.load("digits", "test")
-    base = BaseClassifier(zoo.model("digits-cnn-sigma0.50"), (1, 8, 8), dtype=torch.float32, block=64, layout="contiguous", compile=False)
+    base = BaseClassifier(
+        zoo.model("digits-cnn-sigma0.50"),
+        (1, 8, 8),
+        dtype=torch.float32,
+        block=64,
+        layout="contiguous",
+        compile=False,
+    )
     counts = ModelCounts(base, images[:12], Gaussian(0.5), progress=False)
     expected = certify(counts, Gaussian(0.5), 20, 300, 0.001)
     rows = without_time(reference)
-    assert reference.read_text().splitlines()[0].split("\t") == ["idx", "label", "predict", "radius", "correct", "time", "n"]
-    assert [row[:3] for row in rows] == [[str(i), str(int(labels[i])), str(expected.prediction[i])] for i in range(12)]
+    assert reference.read_text().splitlines()[0].split("\t") == [
+        "idx",
+        "label",
+        "predict",
+        "radius",
+        "correct",
+        "time",
+        "n",
+    ]
+    assert [row[:3] for row in rows] == [
+        [str(i), str(int(labels[i])), str(expected.prediction[i])] for i in range(12)
+    ]
     assert [float(row[3]) for row in rows] == expected.radius.tolist()
-    assert [row[4:] for row in rows] == [[str(int(labels[i] == expected.prediction[i])), "320"] for i in range(12)]
-    record = load_counts(f"{reference}.npz", sigma=0.5, seed=0, n0=20, n=300, dtype="float32", block=64, data="digits", split="test")
-    np.testing.assert_array_equal(record.counts, ModelCounts(base, images[:12], Gaussian(0.5), progress=False).draw(320))
+    assert [row[4:] for row in rows] == [
+        [str(int(labels[i] == expected.prediction[i])), "320"] for i in range(12)
+    ]
+    record = load_counts(
+        f"{reference}.npz",
+        sigma=0.5,
+        seed=0,
+        n0=20,
+        n=300,
+        dtype="float32",
+        block=64,
+        data="digits",
+        split="test",
+    )
+    np.testing.assert_array_equal(
+        record.counts, ModelCounts(base, images[:12], Gaussian(0.5), progress=False).draw(320)
+    )
     np.testing.assert_array_equal(record.labels, labels[:12])
     assert record.header["model_sha256"] == model_hash(zoo.model("digits-cnn-sigma0.50"))
-    assert sorted(path.name for path in reference.parent.iterdir()) == ["small.tsv", "small.tsv.npz", "small.tsv.settings.json"]
+    assert sorted(path.name for path in reference.parent.iterdir()) == [
+        "small.tsv",
+        "small.tsv.npz",
+        "small.tsv.settings.json",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -118,7 +167,13 @@ def test_the_log_and_the_record_are_those_of_the_library(reference):
 def test_examples_are_chosen_as_by_the_fields_scripts(options, expected):
     """Those scripts loop over all indices, break at max or stop, and pass over those below start or not divisible by skip."""
     given = dict(zip(options.split()[::2], map(int, options.split()[1::2]), strict=True))
-    index = cli._indices(360, given.get("--start", 0), given.get("--stop"), given.get("--skip", 1), given.get("--max"))
+    index = cli._indices(
+        360,
+        given.get("--start", 0),
+        given.get("--stop"),
+        given.get("--skip", 1),
+        given.get("--max"),
+    )
     assert index.tolist() == expected
 
 
@@ -130,36 +185,108 @@ def test_an_example_is_the_same_in_any_selection(reference, tmp_path):
 
 
 def test_input_specific_sampling(tmp_path):
-    done(*SMALL, "--sampler", "iss", "--decline", 0.2, "--kind", "relative", "--out", tmp_path / "iss.tsv")
+    done(
+        *SMALL,
+        "--sampler",
+        "iss",
+        "--decline",
+        0.2,
+        "--kind",
+        "relative",
+        "--out",
+        tmp_path / "iss.tsv",
+    )
     images, _ = data.load("digits", "test")
-    base = BaseClassifier(zoo.model("digits-cnn-sigma0.50"), (1, 8, 8), dtype=torch.float32, block=64, layout="contiguous", compile=False)
+    base = BaseClassifier(
+        zoo.model("digits-cnn-sigma0.50"),
+        (1, 8, 8),
+        dtype=torch.float32,
+        block=64,
+        layout="contiguous",
+        compile=False,
+    )
     sizes = sample_size_map(300, 0.2, "relative", Gaussian(0.5), 0.001)
-    expected = certify_iss(ModelCounts(base, images[:12], Gaussian(0.5), progress=False), Gaussian(0.5), 20, 300, sizes, 0.001)
+    expected = certify_iss(
+        ModelCounts(base, images[:12], Gaussian(0.5), progress=False),
+        Gaussian(0.5),
+        20,
+        300,
+        sizes,
+        0.001,
+    )
     rows = without_time(tmp_path / "iss.tsv")
     assert [float(row[3]) for row in rows] == expected.radius.tolist()
     assert [int(row[5]) for row in rows] == expected.n.tolist()
     assert load_counts(tmp_path / "iss.tsv.npz").counts.sum(axis=1).tolist() == expected.n.tolist()
-    said = refused(*SMALL, "--sampler", "iss", "--decline", 0.1, "--kind", "relative", "--out", tmp_path / "iss.tsv")
+    said = refused(
+        *SMALL,
+        "--sampler",
+        "iss",
+        "--decline",
+        0.1,
+        "--kind",
+        "relative",
+        "--out",
+        tmp_path / "iss.tsv",
+    )
     assert "decline = 0.2, not 0.1" in said
-    assert "takes no decline" in refused(*SMALL, "--decline", 0.1, "--out", tmp_path / "new.tsv", code=2)
+    assert "takes no decline" in refused(
+        *SMALL, "--decline", 0.1, "--out", tmp_path / "new.tsv", code=2
+    )
 
 
 @pytest.mark.parametrize(
     ("options", "split", "draws"),
-    [("", "train", None), ("--sampler iss", "test", "fresh"), ("--sampler iss --draws reused", "test", "reused")],
+    [
+        ("", "train", None),
+        ("--sampler iss", "test", "fresh"),
+        ("--sampler iss --draws reused", "test", "reused"),
+    ],
 )
 def test_every_option_reaches_the_sampler(tmp_path, options, split, draws):
     """alpha, seed, split and the sampler's own, the default of its draws among them: the library's certificates, and the labels of those images."""
     out, x, y, index = tmp_path / "o.tsv", *data.load("digits", split), np.arange(0, 24, 4)
-    done(*SMALL, "--skip", 4, "--stop", 24, "--alpha", 0.05, "--seed", 7, "--split", split, *options.split(), "--out", out)
-    base = BaseClassifier(zoo.model("digits-cnn-sigma0.50"), (1, 8, 8), dtype=torch.float32, block=64, layout="contiguous", compile=False)
+    done(
+        *SMALL,
+        "--skip",
+        4,
+        "--stop",
+        24,
+        "--alpha",
+        0.05,
+        "--seed",
+        7,
+        "--split",
+        split,
+        *options.split(),
+        "--out",
+        out,
+    )
+    base = BaseClassifier(
+        zoo.model("digits-cnn-sigma0.50"),
+        (1, 8, 8),
+        dtype=torch.float32,
+        block=64,
+        layout="contiguous",
+        compile=False,
+    )
     live = ModelCounts(base, x[index], Gaussian(0.5), index=index, seed=7, progress=False)
     if draws:
-        expected = certify_iss(live, Gaussian(0.5), 20, 300, sample_size_map(300, 0.05, "absolute", Gaussian(0.5), 0.05), 0.05, draws)
+        expected = certify_iss(
+            live,
+            Gaussian(0.5),
+            20,
+            300,
+            sample_size_map(300, 0.05, "absolute", Gaussian(0.5), 0.05),
+            0.05,
+            draws,
+        )
     else:
         expected = certify(live, Gaussian(0.5), 20, 300, 0.05)
     rows = without_time(out)
-    assert [(float(row[3]), int(row[5])) for row in rows] == list(zip(expected.radius.tolist(), expected.n.tolist(), strict=True))
+    assert [(float(row[3]), int(row[5])) for row in rows] == list(
+        zip(expected.radius.tolist(), expected.n.tolist(), strict=True)
+    )
     record = load_counts(f"{out}.npz", seed=7, alpha=0.05, split=split)
     np.testing.assert_array_equal(record.index, index)
     np.testing.assert_array_equal(record.labels, y[index])
@@ -203,7 +330,9 @@ def test_a_log_is_not_continued_with_another_network_or_engine(reference, tmp_pa
     pathlib.Path(f"{out}.settings.json").write_text(json.dumps(settings))
     assert "torch = '1.0', not '2" in refused(*SMALL, "--out", out)
     (tmp_path / "alone.tsv").write_text("somebody else's")
-    assert "alone.tsv exists, but not how it was made" in refused(*SMALL, "--out", tmp_path / "alone.tsv")
+    assert "alone.tsv exists, but not how it was made" in refused(
+        *SMALL, "--out", tmp_path / "alone.tsv"
+    )
     assert (tmp_path / "alone.tsv").read_text() == "somebody else's"
 
 
@@ -216,14 +345,35 @@ def test_a_job_knows_its_network_images_noise_and_seed(tmp_path):
         sampler = functools.partial(certify, noise=Gaussian(sigma), n0=20, n=100, alpha=0.01)
         settings = {"alpha": 0.01}
         return runner.Job(
-            zoo.model(model), "mine", images, labels.numpy(), np.arange(3), sampler, Gaussian(sigma), seed, draws, tmp_path / "x", settings, engine
+            zoo.model(model),
+            "mine",
+            images,
+            labels.numpy(),
+            np.arange(3),
+            sampler,
+            Gaussian(sigma),
+            seed,
+            draws,
+            tmp_path / "x",
+            settings,
+            engine,
         )
 
     assert runner.run(job()) == 3
     assert runner.run(job()) == 0
-    assert RecordedCounts(load_counts(tmp_path / "x.npz", alpha=0.01, model="mine")).noise == Gaussian(0.5)
-    for name, change in {"model_sha256": "digits-cnn-sigma0.25", "data_sha256": 1 - images, "sigma": 0.25, "seed": 1, "most_draws": 121}.items():
-        argument = {"model_sha256": "model", "data_sha256": "images", "most_draws": "draws"}.get(name, name)
+    assert RecordedCounts(
+        load_counts(tmp_path / "x.npz", alpha=0.01, model="mine")
+    ).noise == Gaussian(0.5)
+    for name, change in {
+        "model_sha256": "digits-cnn-sigma0.25",
+        "data_sha256": 1 - images,
+        "sigma": 0.25,
+        "seed": 1,
+        "most_draws": 121,
+    }.items():
+        argument = {"model_sha256": "model", "data_sha256": "images", "most_draws": "draws"}.get(
+            name, name
+        )
         with pytest.raises(ValueError, match=f"was made with {name} = "):
             runner.run(job(**{argument: change}))
 
@@ -247,7 +397,9 @@ def test_leftovers_of_another_run_are_not_adopted(reference, tmp_path, suffix):
     """Certificates that lie about without their settings are not taken for this run's."""
     left = tmp_path / f"left.tsv{suffix}"
     left.write_bytes(pathlib.Path(f"{reference}{'.npz' if suffix == '.npz' else ''}").read_bytes())
-    assert f"left.tsv{suffix} exists, but not how it was made" in refused(*SMALL, "--out", tmp_path / "left.tsv")
+    assert f"left.tsv{suffix} exists, but not how it was made" in refused(
+        *SMALL, "--out", tmp_path / "left.tsv"
+    )
 
 
 def test_without_a_compiler_a_run_says_so_and_is_eager(tmp_path, monkeypatch):
@@ -284,7 +436,9 @@ def unfinished(reference, folder, log_bytes, votes_bytes):
     out.write_bytes(reference.read_bytes()[:log_bytes])
     votes = runner._votes_lines(record.index, record.counts).encode()
     (folder / f"{out.name}.votes").write_bytes(votes[:votes_bytes])
-    (folder / f"{out.name}.settings.json").write_bytes(pathlib.Path(f"{reference}.settings.json").read_bytes())
+    (folder / f"{out.name}.settings.json").write_bytes(
+        pathlib.Path(f"{reference}.settings.json").read_bytes()
+    )
     return out
 
 
@@ -292,8 +446,17 @@ def unfinished(reference, folder, log_bytes, votes_bytes):
 def test_a_run_cut_at_any_byte_is_completed(reference, tmp_path, seed):
     """Whatever a kill or a full disk left of the two files, the finished run is the same, and whole examples are not done again."""
     rng = random.Random(seed)
-    log, votes = reference.read_bytes(), runner._votes_lines(*(lambda r: (r.index, r.counts))(load_counts(f"{reference}.npz"))).encode()
-    cuts = [rng.randrange(len(log) + 1), rng.randrange(len(votes) + 1)] if seed else [len(log) - 1, len(votes)]
+    log, votes = (
+        reference.read_bytes(),
+        runner._votes_lines(
+            *(lambda r: (r.index, r.counts))(load_counts(f"{reference}.npz"))
+        ).encode(),
+    )
+    cuts = (
+        [rng.randrange(len(log) + 1), rng.randrange(len(votes) + 1)]
+        if seed
+        else [len(log) - 1, len(votes)]
+    )
     out = unfinished(reference, tmp_path, *cuts)
     whole = min(max(log[: cuts[0]].count(b"\n") - 1, 0), votes[: cuts[1]].count(b"\n"))
     code, _, said = call(*SMALL, "--out", out)
@@ -301,7 +464,9 @@ def test_a_run_cut_at_any_byte_is_completed(reference, tmp_path, seed):
     assert f"{12 - whole} examples certified in" in said
     assert f"{whole} were done before" in said
     assert without_time(out) == without_time(reference)
-    assert out.read_text().splitlines()[: whole + 1] == reference.read_text().splitlines()[: whole + 1]
+    assert (
+        out.read_text().splitlines()[: whole + 1] == reference.read_text().splitlines()[: whole + 1]
+    )
     assert pathlib.Path(f"{out}.npz").read_bytes() == pathlib.Path(f"{reference}.npz").read_bytes()
     assert not pathlib.Path(f"{out}.votes").exists()
 
@@ -346,20 +511,34 @@ def test_ctrl_c_says_how_to_go_on(reference, tmp_path, monkeypatch):
         certify_group(*arguments)
 
     monkeypatch.setattr(runner, "_certify_group", interrupted)
-    assert "the same command continues" in refused(*SMALL, "--out", tmp_path / "small.tsv", code=130)
+    assert "the same command continues" in refused(
+        *SMALL, "--out", tmp_path / "small.tsv", code=130
+    )
     assert "8 examples certified" in call(*SMALL, "--out", tmp_path / "small.tsv")[2]
     assert without_time(tmp_path / "small.tsv") == without_time(reference)
 
 
 def test_kill_9_twice(tmp_path):
     """A real process, killed while it writes its log, twice: what a third one completes is what one alone writes."""
-    arguments = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--n", "1000", "--stop", "200", *ENGINE]
+    arguments = [
+        "certify",
+        "digits-cnn-sigma0.50",
+        "--sigma",
+        "0.5",
+        "--n",
+        "1000",
+        "--stop",
+        "200",
+        *ENGINE,
+    ]
     out = tmp_path / "killed.tsv"
     kept, environment = 0, os.environ | {"OMP_NUM_THREADS": "1"}
     for _ in range(2):
         command = [sys.executable, "-m", "lib", *arguments, "--out", str(out)]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=environment)
-        while process.poll() is None and (not out.exists() or out.read_bytes().count(b"\n") < kept + 5):
+        while process.poll() is None and (
+            not out.exists() or out.read_bytes().count(b"\n") < kept + 5
+        ):
             time.sleep(0.002)
         process.kill()
         assert process.wait() == -9
@@ -383,14 +562,20 @@ def test_the_report_on_the_published_imagenet_log():
     assert found["examples"] == 500
     assert found["ACR"] == pytest.approx(sum(right) / 500, rel=1e-12)
     assert round(found["ACR"], 3) == 0.822
-    assert [found[r] for r in ("0", "0.5", "1", "1.5", "3")] == [sum(x > r for x in right) / 500 for r in (0, 0.5, 1, 1.5, 3)]
+    assert [found[r] for r in ("0", "0.5", "1", "1.5", "3")] == [
+        sum(x > r for x in right) / 500 for r in (0, 0.5, 1, 1.5, 3)
+    ]
     assert found["abstained"] == sum(row[2] == "-1" for row in rows) / 500
     assert found["draws"] is None
     assert "0.822" in done("report", PUBLISHED)
 
 
 def test_draws_and_seconds_are_means(tmp_path):
-    lines = ["idx\tlabel\tpredict\tradius\tcorrect\ttime\tn", "0\t1\t1\t0.5\t1\t0:00:01\t100", "1\t1\t-1\t0.0\t0\t0:00:03\t300"]
+    lines = [
+        "idx\tlabel\tpredict\tradius\tcorrect\ttime\tn",
+        "0\t1\t1\t0.5\t1\t0:00:01\t100",
+        "1\t1\t-1\t0.0\t0\t0:00:03\t300",
+    ]
     (tmp_path / "two.tsv").write_text("\n".join(lines) + "\n")
     (row,) = json.loads(done("report", tmp_path / "two.tsv", "--json"))
     assert (row["draws"], row["seconds"], row["ACR"], row["abstained"]) == (200, 2, 0.25, 0.5)
@@ -421,12 +606,28 @@ def test_a_report_in_every_form(reference, tmp_path):
 
 def test_info(reference, tmp_path):
     found = json.loads(done("info", f"{reference}.npz", "--json"))
-    assert (found["kind"], found["examples"], found["votes"], found["sigma"]) == ("record", 12, 12 * 320, 0.5)
+    assert (found["kind"], found["examples"], found["votes"], found["sigma"]) == (
+        "record",
+        12,
+        12 * 320,
+        0.5,
+    )
     done(*SMALL, "--sampler", "iss", "--out", tmp_path / "iss.tsv")
     found = json.loads(done("info", tmp_path / "iss.tsv.npz", "--json"))
-    assert [found[name] for name in ("kind", "decline kind", "draws", "noise")] == ["record", "absolute", "fresh", "Gaussian"]
-    found = json.loads(done("info", ROOT / "data/models/digits-cnn-sigma0.50.safetensors", "--json"))
-    assert (found["kind"], found["architecture"], found["parameters"]) == ("checkpoint", "small_cnn", 3818)
+    assert [found[name] for name in ("kind", "decline kind", "draws", "noise")] == [
+        "record",
+        "absolute",
+        "fresh",
+        "Gaussian",
+    ]
+    found = json.loads(
+        done("info", ROOT / "data/models/digits-cnn-sigma0.50.safetensors", "--json")
+    )
+    assert (found["kind"], found["architecture"], found["parameters"]) == (
+        "checkpoint",
+        "small_cnn",
+        3818,
+    )
     assert json.loads(done("info", PUBLISHED, "--json"))["examples"] == 500
     torch.save({"arch": "mlp", "state_dict": {}}, tmp_path / "c.tar")
     assert "missing: 1.weight" in refused("info", tmp_path / "c.tar", "--data", "digits")
@@ -459,12 +660,18 @@ def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
     assert model_hash(model) == model_hash(whole[0])
     assert header == whole[1]
     assert header["test_noisy_accuracy"] > 0.5
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.safetensors", "whole.safetensors"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "cut.safetensors",
+        "whole.safetensors",
+    ]
     assert json.loads(done(*TRAIN, "--out", out, "--json"))["epoch"] == 3
     assert "sigma = 0.25, not 0.5" in refused(*TRAIN, "--sigma", 0.5, "--out", out)
 
 
-@pytest.mark.parametrize(("options", "augment"), [("--augment", True), ("", False), ("--data cifar10 --data-path data.npz", True)])
+@pytest.mark.parametrize(
+    ("options", "augment"),
+    [("--augment", True), ("", False), ("--data cifar10 --data-path data.npz", True)],
+)
 def test_training_is_told_what_was_asked(tmp_path, monkeypatch, options, augment):
     told, fit = {}, cli.fit
     monkeypatch.chdir(tmp_path)
@@ -475,9 +682,27 @@ def test_training_is_told_what_was_asked(tmp_path, monkeypatch, options, augment
         return fit(*arguments, **named)
 
     monkeypatch.setattr(cli, "fit", spy)
-    asked = ["--epochs", 1, "--seed", 3, "--average", 0.9, "--dtype", "bfloat16", "--weight-decay", 0, *options.split()]
+    asked = [
+        "--epochs",
+        1,
+        "--seed",
+        3,
+        "--average",
+        0.9,
+        "--dtype",
+        "bfloat16",
+        "--weight-decay",
+        0,
+        *options.split(),
+    ]
     done(*TRAIN, *asked, "--out", "m.safetensors")
-    expected = {"seed": 3, "average": 0.9, "dtype": torch.bfloat16, "weight_decay": 0, "augment": augment}
+    expected = {
+        "seed": 3,
+        "average": 0.9,
+        "dtype": torch.bfloat16,
+        "weight_decay": 0,
+        "augment": augment,
+    }
     assert {name: told[name] for name in expected} == expected
 
 
@@ -490,7 +715,19 @@ def test_a_training_that_failed_may_be_corrected(tmp_path):
 def test_a_trained_network_is_certified(tmp_path):
     model = tmp_path / "m.safetensors"
     done(*TRAIN, "--out", model)
-    done("certify", model, "--sigma", 0.25, "--n", 200, "--stop", 20, *ENGINE, "--out", tmp_path / "m.tsv")
+    done(
+        "certify",
+        model,
+        "--sigma",
+        0.25,
+        "--n",
+        200,
+        "--stop",
+        20,
+        *ENGINE,
+        "--out",
+        tmp_path / "m.tsv",
+    )
     (row,) = json.loads(done("report", tmp_path / "m.tsv", "--json", "--radii", 0))
     assert row["0"] > 0.5
 
@@ -501,24 +738,52 @@ def test_a_trained_network_is_certified(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        ("certify nothing --sigma 1 --out x", 1, "model nothing is neither a file nor a name of the zoo (digits-cnn"),
+        (
+            "certify nothing --sigma 1 --out x",
+            1,
+            "model nothing is neither a file nor a name of the zoo (digits-cnn",
+        ),
         ("certify digits-cnn-sigma0.50 --sigma -1 --out x", 1, "sigma must be finite and > 0"),
-        ("certify digits-cnn-sigma0.50 --sigma 1 --alpha 1 --out x", 1, "alpha must be a number in (0, 1)"),
+        (
+            "certify digits-cnn-sigma0.50 --sigma 1 --alpha 1 --out x",
+            1,
+            "alpha must be a number in (0, 1)",
+        ),
         ("certify digits-cnn-sigma0.50 --sigma 1 --n 0 --out x", 1, "n must be at least 1"),
         ("certify digits-cnn-sigma0.50 --sigma 1 --skip 0 --out x", 1, "skip >= 1"),
-        ("certify digits-cnn-sigma0.50 --sigma 1 --start 360 --out x", 1, "leave none of the 360 examples"),
-        ("certify digits-cnn-sigma0.50 --sigma 1 --data cifar10 --data-path nowhere --out x", 1, "nowhere does not exist"),
-        ("certify digits-cnn-sigma0.50 --sigma 1 --device nonsense --out x", 1, "device must be one that is here"),
+        (
+            "certify digits-cnn-sigma0.50 --sigma 1 --start 360 --out x",
+            1,
+            "leave none of the 360 examples",
+        ),
+        (
+            "certify digits-cnn-sigma0.50 --sigma 1 --data cifar10 --data-path nowhere --out x",
+            1,
+            "nowhere does not exist",
+        ),
+        (
+            "certify digits-cnn-sigma0.50 --sigma 1 --device nonsense --out x",
+            1,
+            "device must be one that is here",
+        ),
         ("certify digits-cnn-sigma0.50 --sigma 1", 2, "--out"),
         ("certify digits-cnn-sigma0.50 --sigma 1 --sampler none --out x", 2, "--sampler"),
         ("report nowhere.tsv", 1, "nowhere.tsv does not exist"),
         ("report README.md", 1, "lacks the column(s) idx"),
         ("report x.tsv --csv --latex", 2, "take one of"),
-        ("report data/records/imagenet-resnet50-consistency-sigma0.50.tsv --radii a", 2, "--radii takes numbers"),
+        (
+            "report data/records/imagenet-resnet50-consistency-sigma0.50.tsv --radii a",
+            2,
+            "--radii takes numbers",
+        ),
         ("info nowhere", 1, "nowhere does not exist"),
         ("info Makefile", 1, "is damaged or no checkpoint"),
         ("train --sigma 1 --architecture resnet18 --out x", 1, "takes images of 3 channels"),
-        ("train --sigma 1 --data imagenet --out x", 1, "data must be a data set that fits into memory"),
+        (
+            "train --sigma 1 --data imagenet --out x",
+            1,
+            "data must be a data set that fits into memory",
+        ),
         ("nonsense", 2, "nonsense"),
     ],
 )
@@ -539,7 +804,10 @@ def test_an_error_of_torch_is_one_line(tmp_path, monkeypatch):
         raise RuntimeError("out of memory\nat length")
 
     monkeypatch.setattr(cli, "run", fails)
-    assert refused(*SMALL, "--out", tmp_path / "o.tsv") == "error: out of memory (--debug shows where)\n"
+    assert (
+        refused(*SMALL, "--out", tmp_path / "o.tsv")
+        == "error: out of memory (--debug shows where)\n"
+    )
 
 
 def test_debug_shows_the_error_itself():
@@ -548,11 +816,22 @@ def test_debug_shows_the_error_itself():
 
 
 def test_version():
-    assert done("--version").startswith(f"randomized-smoothing {lib.__version__}, torch {torch.__version__}")
+    assert done("--version").startswith(
+        f"randomized-smoothing {lib.__version__}, torch {torch.__version__}"
+    )
 
 
 def test_as_a_program(tmp_path):
     """python -m lib in its own process: exit code, one line of error, and nothing on the output."""
-    result = subprocess.run([sys.executable, "-m", "lib", "info", "nowhere"], cwd=ROOT, capture_output=True, text=True, env=os.environ)
+    result = subprocess.run(
+        [sys.executable, "-m", "lib", "info", "nowhere"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ,
+    )
     assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == "error: nowhere does not exist: give the path of a checkpoint, a record or a log\n"
+    assert (
+        result.stderr
+        == "error: nowhere does not exist: give the path of a checkpoint, a record or a log\n"
+    )

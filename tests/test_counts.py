@@ -12,7 +12,7 @@ from scipy.stats import binom, chisquare, hypergeom, multivariate_hypergeom
 from lib.certify import certify
 from lib.counts import RecordedCounts, SimulatedCounts
 from lib.noise import Gaussian
-from lib.records import load_counts, save_counts
+from lib.store.records import load_counts, save_counts
 
 VOTES = [6, 3, 1]
 COPIES = 20_000
@@ -64,7 +64,11 @@ def test_two_stages_jointly():
     assert fits(np.stack([first, second], axis=1), cells, law) > 1e-4
 
 
-@given(st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=1, max_size=5), st.integers(0, 2**32 - 1), st.data())
+@given(
+    st.lists(st.lists(st.integers(0, 50), min_size=3, max_size=3), min_size=1, max_size=5),
+    st.integers(0, 2**32 - 1),
+    st.data(),
+)
 def test_draws_add_up_to_the_record(votes, seed, data):
     """In any number of calls of any sizes, zeros among them, until nothing is left."""
     votes = np.array(votes)
@@ -113,13 +117,25 @@ def test_an_examples_draws_hang_on_its_index_and_seed_alone():
 def test_a_record_is_replayed_as_it_was_saved(tmp_path):
     """Counts, indices and the noise that they were drawn under, from the file alone."""
     votes, index = np.random.default_rng(0).integers(0, 1000, (3, 4)), np.array([5, 1, 2])
-    save_counts(tmp_path / "r.npz", votes, index, [0, 0, 0], sigma=np.array([0.5, 0.25, 1.0]), seed=np.int64(3))
+    save_counts(
+        tmp_path / "r.npz",
+        votes,
+        index,
+        [0, 0, 0],
+        sigma=np.array([0.5, 0.25, 1.0]),
+        seed=np.int64(3),
+    )
     record = load_counts(tmp_path / "r.npz", seed=3)
     replay = RecordedCounts(record, seed=7)
-    np.testing.assert_array_equal(replay.draw(50), RecordedCounts(votes, seed=7, index=index).draw(50))
+    np.testing.assert_array_equal(
+        replay.draw(50), RecordedCounts(votes, seed=7, index=index).draw(50)
+    )
     np.testing.assert_array_equal(replay.noise.sigma, [0.5, 0.25, 1.0])
     assert RecordedCounts(dataclasses.replace(record, header={})).noise is None
-    assert RecordedCounts(dataclasses.replace(record, header={"noise": "Uniform", "sigma": 1})).noise is None
+    assert (
+        RecordedCounts(dataclasses.replace(record, header={"noise": "Uniform", "sigma": 1})).noise
+        is None
+    )
 
 
 def test_equal_examples_are_drawn_independently():
@@ -130,7 +146,9 @@ def test_equal_examples_are_drawn_independently():
 
 def test_replays_of_neighbouring_seeds_share_no_streams():
     """Were a stream a function of seed + index, example i + 1 at seed 0 would be drawn as example i at seed 1."""
-    first, second = (RecordedCounts(np.tile([500, 500], (40, 1)), seed=seed).draw(400)[:, 0] for seed in (0, 1))
+    first, second = (
+        RecordedCounts(np.tile([500, 500], (40, 1)), seed=seed).draw(400)[:, 0] for seed in (0, 1)
+    )
     assert (first[1:] == second[:-1]).mean() < 0.5
 
 
@@ -142,7 +160,9 @@ def test_the_record_given_is_not_changed():
 
 def test_replay_of_a_simulated_record_is_binomial():
     """Counts drawn at p, recorded, then replayed: the replayed draws, both stages, are again binomial in p."""
-    replay = RecordedCounts(SimulatedCounts(np.tile([0.7, 0.3], (COPIES, 1)), seed=1).draw(50), seed=2)
+    replay = RecordedCounts(
+        SimulatedCounts(np.tile([0.7, 0.3], (COPIES, 1)), seed=1).draw(50), seed=2
+    )
     for m in (5, 8):
         draws, law = replay.draw(m)[:, :1], binom.pmf(np.arange(m + 1), m, 0.7)
         merged = np.append(law[:2].sum(), law[2:])
@@ -153,7 +173,9 @@ def test_a_replayed_certificate_is_a_live_one():
     """CERTIFY on a whole record: the votes are the record's, less the selection's, and the radii follow the same law as live ones."""
     p = np.tile([0.75, 0.25], (4000, 1))
     live = certify(SimulatedCounts(p, seed=1), Gaussian(1.0), n0=10, n=90, alpha=0.05)
-    replay = certify(RecordedCounts(SimulatedCounts(p, seed=2).draw(100)), Gaussian(1.0), n0=10, n=90, alpha=0.05)
+    replay = certify(
+        RecordedCounts(SimulatedCounts(p, seed=2).draw(100)), Gaussian(1.0), n0=10, n=90, alpha=0.05
+    )
     error = np.sqrt((live.radius.var() + replay.radius.var()) / 4000)
     assert abs(live.radius.mean() - replay.radius.mean()) < 4.5 * error
     assert live.radius.std() == pytest.approx(replay.radius.std(), rel=0.1)

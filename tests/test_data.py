@@ -57,17 +57,30 @@ def test_the_constants_of_the_digits_are_those_of_the_training_images():
 
 def idx(array):
     """Bytes of an IDX file of unsigned bytes: magic number, sizes, data."""
-    return b"\0\0\x08" + bytes([array.ndim]) + b"".join(size.to_bytes(4, "big") for size in array.shape) + array.tobytes()
+    return (
+        b"\0\0\x08"
+        + bytes([array.ndim])
+        + b"".join(size.to_bytes(4, "big") for size in array.shape)
+        + array.tobytes()
+    )
 
 
 def write_mnist(folder, images, labels, part="t10k", zipped=True):
-    for name, array in ((f"{part}-images-idx3-ubyte", images), (f"{part}-labels-idx1-ubyte", labels)):
-        (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array))) if zipped else (folder / name).write_bytes(idx(array))
+    for name, array in (
+        (f"{part}-images-idx3-ubyte", images),
+        (f"{part}-labels-idx1-ubyte", labels),
+    ):
+        (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array))) if zipped else (
+            folder / name
+        ).write_bytes(idx(array))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_mnist_from_its_files(tmp_path, zipped):
-    images, labels = RNG.integers(0, 256, (5, 28, 28), dtype=np.uint8), np.array([3, 0, 9, 9, 1], dtype=np.uint8)
+    images, labels = (
+        RNG.integers(0, 256, (5, 28, 28), dtype=np.uint8),
+        np.array([3, 0, 9, 9, 1], dtype=np.uint8),
+    )
     write_mnist(tmp_path, images, labels, zipped=zipped)
     found, targets = load("mnist", "test", path=tmp_path)
     np.testing.assert_array_equal(found.numpy(), (images / np.float32(255))[:, None])
@@ -96,10 +109,15 @@ def test_damaged_mnist_files_are_refused(tmp_path):
 
 def test_cifar10_from_each_of_its_forms(tmp_path):
     """The binary batches in a folder and in a tar file, and Keras's npz, give the same tensors."""
-    images, labels = RNG.integers(0, 256, (6, 3, 32, 32), dtype=np.uint8), RNG.integers(0, 10, 6, dtype=np.uint8)
+    images, labels = (
+        RNG.integers(0, 256, (6, 3, 32, 32), dtype=np.uint8),
+        RNG.integers(0, 10, 6, dtype=np.uint8),
+    )
     folder = tmp_path / "cifar-10-batches-bin"
     folder.mkdir()
-    (folder / "test_batch.bin").write_bytes(b"".join(bytes([y]) + x.tobytes() for x, y in zip(images, labels, strict=True)))
+    (folder / "test_batch.bin").write_bytes(
+        b"".join(bytes([y]) + x.tobytes() for x, y in zip(images, labels, strict=True))
+    )
     with tarfile.open(tmp_path / "cifar.tar.gz", "w:gz") as tar:
         tar.add(folder, arcname=folder.name)
     np.savez(tmp_path / "cifar.npz", x_test=images.transpose(0, 2, 3, 1), y_test=labels[:, None])
@@ -121,7 +139,9 @@ def test_damaged_cifar10_files_are_refused(tmp_path):
     (tmp_path / "c.tar.gz").write_bytes(b"hello")
     with pytest.raises(ValueError, match=r"c\.tar\.gz is damaged"):
         load("cifar10", "test", path=tmp_path / "c.tar.gz")
-    np.savez(tmp_path / "c.npz", x_test=np.zeros((2, 32, 32, 3)), y_test=np.zeros(2, dtype=np.uint8))
+    np.savez(
+        tmp_path / "c.npz", x_test=np.zeros((2, 32, 32, 3)), y_test=np.zeros(2, dtype=np.uint8)
+    )
     with pytest.raises(ValueError, match="x_test must be uint8"):
         load("cifar10", "test", path=tmp_path / "c.npz")
 
@@ -129,12 +149,17 @@ def test_damaged_cifar10_files_are_refused(tmp_path):
 @pytest.mark.parametrize("name", ["cifar.tar.gz", "cifar.npz"])
 def test_no_flipped_bit_of_an_archive_passes_for_images(tmp_path, name):
     """Each is either refused with a ValueError or was none of the data (a file's date, say)."""
-    images, labels = RNG.integers(0, 256, (6, 3, 32, 32), dtype=np.uint8), RNG.integers(0, 10, 6, dtype=np.uint8)
+    images, labels = (
+        RNG.integers(0, 256, (6, 3, 32, 32), dtype=np.uint8),
+        RNG.integers(0, 10, 6, dtype=np.uint8),
+    )
     path = tmp_path / name
     if name.endswith("npz"):
         np.savez_compressed(path, x_test=images.transpose(0, 2, 3, 1), y_test=labels[:, None])
     else:
-        (tmp_path / "test_batch.bin").write_bytes(b"".join(bytes([y]) + x.tobytes() for x, y in zip(images, labels, strict=True)))
+        (tmp_path / "test_batch.bin").write_bytes(
+            b"".join(bytes([y]) + x.tobytes() for x, y in zip(images, labels, strict=True))
+        )
         with tarfile.open(path, "w:gz") as tar:
             tar.add(tmp_path / "test_batch.bin", arcname="test_batch.bin")
     whole, refused = path.read_bytes(), 0
@@ -162,14 +187,21 @@ def test_data_that_is_not_there_says_where_it_belongs(tmp_path):
 def pickled(folder, images, labels, name="test_batch"):
     """A batch of the Python version of CIFAR-10, as Python 2 wrote it: protocol 2, byte strings for names."""
     folder.mkdir(exist_ok=True)
-    batch = {b"data": images.reshape(len(images), -1), b"labels": labels.tolist(), b"batch_label": b"testing batch 1 of 1"}
+    batch = {
+        b"data": images.reshape(len(images), -1),
+        b"labels": labels.tolist(),
+        b"batch_label": b"testing batch 1 of 1",
+    }
     # Python 3 writes the bytes b"data" as a call of _codecs.encode; Python 2 wrote a plain string, which latin1 turns into str.
     text = pickle.dumps({key.decode(): value for key, value in batch.items()}, protocol=2)
     (folder / name).write_bytes(text)
 
 
 def test_cifar10_from_the_python_batches(tmp_path):
-    images, labels = RNG.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8), np.array([9, 0, 3, 3], dtype=np.uint8)
+    images, labels = (
+        RNG.integers(0, 256, (4, 3, 32, 32), dtype=np.uint8),
+        np.array([9, 0, 3, 3], dtype=np.uint8),
+    )
     pickled(tmp_path / "cifar-10-batches-py", images, labels)
     for batch in range(1, 6):
         pickled(tmp_path / "cifar-10-batches-py", images // batch, labels, f"data_batch_{batch}")
@@ -177,7 +209,9 @@ def test_cifar10_from_the_python_batches(tmp_path):
     np.testing.assert_array_equal(found.numpy(), images / np.float32(255))
     assert targets.tolist() == [9, 0, 3, 3]
     found, targets = load("cifar10", "train", path=tmp_path / "cifar-10-batches-py")
-    np.testing.assert_array_equal(found.numpy(), np.concatenate([images // b for b in range(1, 6)]) / np.float32(255))
+    np.testing.assert_array_equal(
+        found.numpy(), np.concatenate([images // b for b in range(1, 6)]) / np.float32(255)
+    )
     assert targets.tolist() == 5 * [9, 0, 3, 3]
 
 
@@ -187,8 +221,13 @@ class Exploit:
 
 
 def test_a_batch_that_would_run_code_is_refused(tmp_path):
-    (tmp_path / "test_batch").write_bytes(pickle.dumps({"data": Exploit(), "labels": [0]}, protocol=2))
-    with pytest.raises(ValueError, match=r"test_batch is damaged or no batch of CIFAR-10: .*exec is neither an array nor a number"):
+    (tmp_path / "test_batch").write_bytes(
+        pickle.dumps({"data": Exploit(), "labels": [0]}, protocol=2)
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"test_batch is damaged or no batch of CIFAR-10: .*exec is neither an array nor a number",
+    ):
         load("cifar10", "test", path=tmp_path)
 
 
@@ -225,7 +264,10 @@ def published(monkeypatch, folder, address, name="mnist"):
 
 def test_a_download_is_checked_and_kept(server, tmp_path, monkeypatch):
     folder, address = server
-    images, labels = RNG.integers(0, 256, (5, 28, 28), dtype=np.uint8), np.array([3, 0, 9, 9, 1], dtype=np.uint8)
+    images, labels = (
+        RNG.integers(0, 256, (5, 28, 28), dtype=np.uint8),
+        np.array([3, 0, 9, 9, 1], dtype=np.uint8),
+    )
     write_mnist(folder, images, labels)
     published(monkeypatch, folder, address)
     monkeypatch.setenv("SMOOTHING_DATA", str(tmp_path / "kept"))
@@ -234,10 +276,14 @@ def test_a_download_is_checked_and_kept(server, tmp_path, monkeypatch):
     assert targets.tolist() == labels.tolist()
     for file in folder.iterdir():
         file.unlink()
-    assert torch.equal(load("mnist", "test")[0], found)  # from the disk: the server has nothing any more
+    assert torch.equal(
+        load("mnist", "test")[0], found
+    )  # from the disk: the server has nothing any more
 
 
-def test_offline_or_with_another_checksum_it_says_which_file_and_where_from(server, tmp_path, monkeypatch):
+def test_offline_or_with_another_checksum_it_says_which_file_and_where_from(
+    server, tmp_path, monkeypatch
+):
     folder, address = server
     write_mnist(folder, np.zeros((5, 28, 28), dtype=np.uint8), np.zeros(5, dtype=np.uint8))
     published(monkeypatch, folder, address)
@@ -246,8 +292,13 @@ def test_offline_or_with_another_checksum_it_says_which_file_and_where_from(serv
     with pytest.raises(FileNotFoundError, match=told.format("what came has another checksum")):
         load("mnist", "test", root=tmp_path)
     assert not list((tmp_path / "mnist").iterdir())
-    published(monkeypatch, folder, "http://127.0.0.1:9/")  # nothing listens on the port of "discard"
-    with pytest.raises(FileNotFoundError, match=told.format("ConnectionError").replace(address, "http://127.0.0.1:9/")):
+    published(
+        monkeypatch, folder, "http://127.0.0.1:9/"
+    )  # nothing listens on the port of "discard"
+    with pytest.raises(
+        FileNotFoundError,
+        match=told.format("ConnectionError").replace(address, "http://127.0.0.1:9/"),
+    ):
         load("mnist", "test", root=tmp_path)
 
 
@@ -255,7 +306,9 @@ def test_the_addresses_are_complete():
     """Each file of each data set that is downloaded has an https or http address that ends in / and an MD5 checksum."""
     assert {name for name, _ in data.DOWNLOADS} == {"mnist", "fashion", "cifar10"}
     for name in ("mnist", "fashion"):
-        assert {file for known, file in data.DOWNLOADS if known == name} == set(sum(IDX.values(), ()))
+        assert {file for known, file in data.DOWNLOADS if known == name} == set(
+            sum(IDX.values(), ())
+        )
     for address, checksum in data.DOWNLOADS.values():
         assert address.startswith("http")
         assert address.endswith("/")
@@ -272,7 +325,9 @@ def test_imagenet_is_read_as_the_field_reads_it(tmp_path):
     for wnid, shapes in sizes.items():
         (tmp_path / "imagenet/val" / wnid).mkdir(parents=True)
         for number, (height, width) in enumerate(shapes):
-            smooth = Image.fromarray(RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize((width, height), Image.Resampling.BICUBIC)
+            smooth = Image.fromarray(RNG.integers(0, 256, (8, 8, 3), dtype=np.uint8)).resize(
+                (width, height), Image.Resampling.BICUBIC
+            )
             smooth.save(tmp_path / "imagenet/val" / wnid / f"{number}.png")
             pictures[wnid, number] = smooth
     images, labels = load("imagenet", "test", root=tmp_path)
@@ -286,7 +341,10 @@ def test_imagenet_is_read_as_the_field_reads_it(tmp_path):
     np.testing.assert_array_equal(found[0].numpy(), same.transpose(2, 0, 1))
     tall = pictures["n01", 0].resize((256, int(256 * 500 / 280)), Image.Resampling.BILINEAR)
     top = round((tall.height - 224) / 2)
-    np.testing.assert_array_equal(found[1].numpy(), np.asarray(tall)[top : top + 224, 16:240].transpose(2, 0, 1) / np.float32(255))
+    np.testing.assert_array_equal(
+        found[1].numpy(),
+        np.asarray(tall)[top : top + 224, 16:240].transpose(2, 0, 1) / np.float32(255),
+    )
     before = content_hash(images)
     (tmp_path / "imagenet/val/n02/0.png").unlink()
     assert content_hash(load("imagenet", "test", root=tmp_path)[0]) != before

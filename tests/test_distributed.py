@@ -13,17 +13,44 @@ import pytest
 import torch
 from test_cli import ENGINE, ROOT, done, one_thread, without_time
 
-from lib import runner
+from lib.engine import jobs as runner
 from lib.noise import Gaussian
 
 __all__ = ["one_thread"]  # a fixture, used by itself
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "lib"]
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--standalone",
+    "--nproc-per-node",
+    "2",
+    "-m",
+    "lib",
+]
 # --N, not --n: Python's argparse would take --n for an abbreviation of torchrun's own options.
-JOB = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--N0", "20", "--N", "2000", "--stop", "60", *ENGINE]
+JOB = [
+    "certify",
+    "digits-cnn-sigma0.50",
+    "--sigma",
+    "0.5",
+    "--N0",
+    "20",
+    "--N",
+    "2000",
+    "--stop",
+    "60",
+    *ENGINE,
+]
 
 
 def start(out):
-    return subprocess.Popen([*TORCHRUN, *JOB, "--out", str(out)], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        [*TORCHRUN, *JOB, "--out", str(out)],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
 
 
 def processes(parent):
@@ -52,10 +79,16 @@ def test_two_processes_give_the_result_of_one_also_when_one_is_killed(tmp_path):
     os.kill(processes(torchrun.pid)[1], signal.SIGKILL)
     said = torchrun.communicate(timeout=120)[0]
     assert torchrun.returncode != 0, said
-    finished = sum(path.read_bytes().count(b"\n") - 1 for path in tmp_path.glob("killed.tsv.part[01]"))
+    finished = sum(
+        path.read_bytes().count(b"\n") - 1 for path in tmp_path.glob("killed.tsv.part[01]")
+    )
     assert 3 <= finished < 60, said
     # The rest by two processes again. What was finished is not counted a second time: its lines, time included, are kept.
-    lines = [line for path in tmp_path.glob("killed.tsv.part[01]") for line in path.read_text().splitlines(keepends=True)]
+    lines = [
+        line
+        for path in tmp_path.glob("killed.tsv.part[01]")
+        for line in path.read_text().splitlines(keepends=True)
+    ]
     kept = {line for line in lines if line.endswith("\n")}
     torchrun = start(killed)
     said = torchrun.communicate(timeout=120)[0]
@@ -66,7 +99,11 @@ def test_two_processes_give_the_result_of_one_also_when_one_is_killed(tmp_path):
     assert kept <= set(killed.read_text().splitlines(keepends=True))
     assert without_time(killed) == without_time(tmp_path / "one.tsv")
     assert (tmp_path / "killed.tsv.npz").read_bytes() == (tmp_path / "one.tsv.npz").read_bytes()
-    assert sorted(path.name for path in tmp_path.glob("killed*")) == ["killed.tsv", "killed.tsv.npz", "killed.tsv.settings.json"]
+    assert sorted(path.name for path in tmp_path.glob("killed*")) == [
+        "killed.tsv",
+        "killed.tsv.npz",
+        "killed.tsv.settings.json",
+    ]
 
 
 def test_one_process_finishes_what_two_began(tmp_path):
@@ -81,7 +118,8 @@ def test_one_process_finishes_what_two_began(tmp_path):
         os.kill(child, signal.SIGKILL)
     torchrun.communicate()
     while any(
-        pathlib.Path(f"/proc/{child}").exists() and "\nState:\tZ" not in pathlib.Path(f"/proc/{child}/status").read_text()
+        pathlib.Path(f"/proc/{child}").exists()
+        and "\nState:\tZ" not in pathlib.Path(f"/proc/{child}/status").read_text()
         for child in children.values()
     ):
         time.sleep(0.01)
@@ -104,8 +142,23 @@ def test_a_process_with_other_settings_is_refused(tmp_path, monkeypatch):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     network, images = torch.nn.Linear(1, 2), torch.zeros(1, 1, 1, 1)
-    job = runner.Job(network, "", images, np.zeros(1), np.arange(1), None, Gaussian(0.5), 0, 10, tmp_path / "x.tsv", {}, {})
-    with pytest.raises(ValueError, match=r"rank 1 has other settings than rank 0: sigma = 0\.25, not 0\.5"):
+    job = runner.Job(
+        network,
+        "",
+        images,
+        np.zeros(1),
+        np.arange(1),
+        None,
+        Gaussian(0.5),
+        0,
+        10,
+        tmp_path / "x.tsv",
+        {},
+        {},
+    )
+    with pytest.raises(
+        ValueError, match=r"rank 1 has other settings than rank 0: sigma = 0\.25, not 0\.5"
+    ):
         runner.run(job)
 
 

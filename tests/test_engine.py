@@ -9,11 +9,12 @@ import torch
 from scipy.stats import binom, binomtest, chisquare, kstest, norm
 from torch import nn
 
-from lib import engine
 from lib.certify import certify
-from lib.engine import CHUNK, BaseClassifier, ModelCounts, noise_stream
-from lib.models import folded
-from lib.noise import Gaussian
+from lib.engine import classifier as engine
+from lib.engine.classifier import BaseClassifier
+from lib.engine.folding import folded
+from lib.engine.live import ModelCounts
+from lib.noise import CHUNK, Gaussian, noise_stream
 
 SHAPE = (1, 4, 4)
 PLAIN = {"dtype": torch.float32, "block": 64, "layout": "contiguous", "compile": False}
@@ -30,7 +31,9 @@ class Steps(nn.Module):
         self.weight = nn.Parameter(torch.as_tensor(weight, dtype=torch.float32).flatten())
         self.thresholds = thresholds
         # Line j + 1 overtakes line j at threshold j: each intercept is lower by the threshold.
-        self.intercepts = nn.Parameter(torch.tensor(np.append(0.0, -np.cumsum(thresholds)), dtype=torch.float32))
+        self.intercepts = nn.Parameter(
+            torch.tensor(np.append(0.0, -np.cumsum(thresholds)), dtype=torch.float32)
+        )
 
     def forward(self, x):
         s = x.flatten(1) @ self.weight.to(x.dtype)
@@ -80,7 +83,12 @@ def noise_of(source, n):
 
 
 def spied(size=1, block=64, sigma=0.5, **settings):
-    return ModelCounts(Spy(), torch.full((size, *SHAPE), 0.5), Gaussian(sigma), **PLAIN | {"block": block} | settings)
+    return ModelCounts(
+        Spy(),
+        torch.full((size, *SHAPE), 0.5),
+        Gaussian(sigma),
+        **PLAIN | {"block": block} | settings,
+    )
 
 
 # ------------------------------------------------------------------ the right counts
@@ -92,7 +100,10 @@ def test_votes_follow_the_closed_form():
     counts = ModelCounts(model, x, Gaussian(0.3), seed=5, **PLAIN | {"block": 512}).draw(20_000)
     assert counts.dtype == np.int64
     assert (counts.sum(axis=1) == 20_000).all()
-    pvalues = [chisquare(c, 20_000 * p).pvalue for c, p in zip(counts, model.probabilities(x, 0.3), strict=True)]
+    pvalues = [
+        chisquare(c, 20_000 * p).pvalue
+        for c, p in zip(counts, model.probabilities(x, 0.3), strict=True)
+    ]
     assert min(pvalues) > 1e-4
     assert kstest(pvalues, "uniform").pvalue > 1e-4
 
@@ -108,7 +119,9 @@ def test_the_sigma_of_an_example_is_found_by_its_place_not_by_its_index():
     model, x, sigma, index = steps(), images(3), np.array([0.2, 0.4, 1.5]), [2, 0, 1]
     together = ModelCounts(model, x, Gaussian(sigma), index=index, **PLAIN).draw(300)
     for i in range(3):
-        alone = ModelCounts(model, x[i : i + 1], Gaussian(sigma[i]), index=index[i : i + 1], **PLAIN).draw(300)
+        alone = ModelCounts(
+            model, x[i : i + 1], Gaussian(sigma[i]), index=index[i : i + 1], **PLAIN
+        ).draw(300)
         np.testing.assert_array_equal(together[i], alone[0])
 
 
@@ -116,9 +129,17 @@ def test_certificates_of_a_linear_network_respect_the_true_margin():
     """The true radius is the distance to the boundary, |w'x + b| / ||w||; 400 certificates at alpha = 1/20 exceed it no more often."""
     weight = np.random.default_rng(0).normal(size=16)
     model, x = Steps(weight, [weight.sum() / 2]), images(400, seed=3)
-    distance = np.abs(x.double().flatten(1).numpy() @ weight - weight.sum() / 2) / np.linalg.norm(weight)
+    distance = np.abs(x.double().flatten(1).numpy() @ weight - weight.sum() / 2) / np.linalg.norm(
+        weight
+    )
     true = (x.double().flatten(1).numpy() @ weight > weight.sum() / 2).astype(int)
-    found = certify(ModelCounts(model, x, Gaussian(0.25), **PLAIN | {"block": 512}), Gaussian(0.25), n0=20, n=400, alpha=0.05)
+    found = certify(
+        ModelCounts(model, x, Gaussian(0.25), **PLAIN | {"block": 512}),
+        Gaussian(0.25),
+        n0=20,
+        n=400,
+        alpha=0.05,
+    )
     false = (found.prediction >= 0) & ((found.prediction != true) | (found.radius > distance))
     assert binomtest(int(false.sum()), 400, 0.05, alternative="greater").pvalue > 1e-4
     # Not by saying nothing: most are certified, and none of the far ones falls much short.
@@ -130,11 +151,16 @@ def test_certificates_of_a_linear_network_respect_the_true_margin():
 def test_bfloat16_is_the_network_that_runs():
     """Votes in bfloat16 come from bfloat16 weights and images; they are counted with the same noise."""
     spy = Spy()
-    ModelCounts(spy, torch.full((1, *SHAPE), 0.5), Gaussian(0.5), **PLAIN | {"dtype": torch.bfloat16}).draw(10)
+    ModelCounts(
+        spy, torch.full((1, *SHAPE), 0.5), Gaussian(0.5), **PLAIN | {"dtype": torch.bfloat16}
+    ).draw(10)
     single = spied()
     noise = noise_of(single, 10)
     assert spy.seen[-1].dtype == torch.bfloat16
-    np.testing.assert_array_equal((torch.from_numpy(noise).float() + 0.5).bfloat16().float(), spy.seen[-1][:10].flatten(1).float())
+    np.testing.assert_array_equal(
+        (torch.from_numpy(noise).float() + 0.5).bfloat16().float(),
+        spy.seen[-1][:10].flatten(1).float(),
+    )
 
 
 # ------------------------------------------------------------------ the noise
@@ -161,17 +187,24 @@ def test_noise_is_independent_across_draws_blocks_chunks_examples_seeds_and_call
     moved = noise_of(spied(index=[7]), 40 * CHUNK)
     everything = np.concatenate([first, second, later, other, moved])
     assert len(np.unique(everything, axis=0)) == len(everything)
-    pairs = [(first, b) for b in (second, later, other, moved)] + [(first[lag:], first[:-lag]) for lag in (1, 64, CHUNK)]
+    pairs = [(first, b) for b in (second, later, other, moved)] + [
+        (first[lag:], first[:-lag]) for lag in (1, 64, CHUNK)
+    ]
     for a, b in pairs:
         for change in (np.asarray, np.abs):
-            assert abs(np.corrcoef(change(a).ravel(), change(b).ravel())[0, 1]) < 4.5 / np.sqrt(a.size)
+            assert abs(np.corrcoef(change(a).ravel(), change(b).ravel())[0, 1]) < 4.5 / np.sqrt(
+                a.size
+            )
 
 
 def test_noise_of_a_draw_hangs_on_seed_index_and_number_alone():
     """Draw j of an example is the same noise whatever was asked before, in whatever pieces, beside whatever others, in whatever blocks."""
     whole = noise_of(spied(index=[3], seed=9), 350)
     pieces = spied(size=3, block=7, index=[8, 3, 0], seed=9)
-    parts = [noise_of(pieces, n)[slice(n[0], n[0] + n[1])] for n in ([5, 1, 9], [0, 99, 4], [70, 0, 0], [0, 101, 0], [1, 149, 30])]
+    parts = [
+        noise_of(pieces, n)[slice(n[0], n[0] + n[1])]
+        for n in ([5, 1, 9], [0, 99, 4], [70, 0, 0], [0, 101, 0], [1, 149, 30])
+    ]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
 
 
@@ -186,7 +219,12 @@ def test_streams_of_a_gpu_are_seeded_apart(monkeypatch):
             return seed
 
     monkeypatch.setattr(torch, "Generator", Generator)
-    cases = [(seed, index, chunk) for seed in range(4) for index in range(20) for chunk in (0, 1, 2, 1 << 40)]
+    cases = [
+        (seed, index, chunk)
+        for seed in range(4)
+        for index in range(20)
+        for chunk in (0, 1, 2, 1 << 40)
+    ]
     seeds = {noise_stream(*case, torch.device("cuda")) for case in cases}
     assert len(seeds) == len(cases)
     assert all(0 <= seed < 1 << 63 for seed in seeds)
@@ -202,8 +240,12 @@ def test_counts_are_the_same_for_any_block_order_and_company(block):
     model, x = steps(), images(9)
     expected = ModelCounts(model, x, Gaussian(0.3), seed=2, **PLAIN).draw(230)
     order = np.array([4, 0, 8, 5])
-    some = ModelCounts(model, x[order], Gaussian(0.3), seed=2, index=order, **PLAIN | {"block": block})
-    counted = some.draw([30, 0, 130, 230]) + some.draw([200, 100, 0, 0]) + some.draw([0, 130, 100, 0])
+    some = ModelCounts(
+        model, x[order], Gaussian(0.3), seed=2, index=order, **PLAIN | {"block": block}
+    )
+    counted = (
+        some.draw([30, 0, 130, 230]) + some.draw([200, 100, 0, 0]) + some.draw([0, 130, 100, 0])
+    )
     np.testing.assert_array_equal(counted, expected[order])
     assert (ModelCounts(model, x, Gaussian(0.3), seed=3, **PLAIN).draw(230) != expected).any()
 
@@ -221,7 +263,10 @@ def test_layout_and_calibration_do_not_change_what_is_counted(tmp_path, monkeypa
     assert chosen.settings["dtype"] == "float32"
     assert chosen.settings["block"] in (16, 32, 64, 128, 256, 512)
     assert chosen.settings["layout"] in ("channels_last", "contiguous")
-    assert BaseClassifier(model, SHAPE, device="cpu", dtype=torch.float32, compile=False).settings == chosen.settings
+    assert (
+        BaseClassifier(model, SHAPE, device="cpu", dtype=torch.float32, compile=False).settings
+        == chosen.settings
+    )
     assert len(os.listdir(tmp_path / "randomized-smoothing")) == 1
     for base in (chosen, BaseClassifier(model, SHAPE, **PLAIN | {"layout": "channels_last"})):
         np.testing.assert_array_equal(ModelCounts(base, x, Gaussian(0.3)).draw(150), expected)
@@ -242,8 +287,14 @@ def test_the_default_precision_follows_size_and_hardware(monkeypatch):
     """Part of what is certified: bfloat16 for 100,000 parameters and more, where the hardware has it."""
     for has in (True, False):
         monkeypatch.setattr(engine, "has_bfloat16", lambda device, has=has: has)
-        for outputs, dtype in ((99, torch.float32), (100, torch.bfloat16 if has else torch.float32)):
-            assert engine.default_dtype(nn.Linear(1000, outputs, bias=False), torch.device("cpu")) is dtype
+        for outputs, dtype in (
+            (99, torch.float32),
+            (100, torch.bfloat16 if has else torch.float32),
+        ):
+            assert (
+                engine.default_dtype(nn.Linear(1000, outputs, bias=False), torch.device("cpu"))
+                is dtype
+            )
 
 
 @pytest.mark.parametrize(("faster", "compiled"), [(True, True), (False, False)])
@@ -265,7 +316,9 @@ def test_long_jobs_are_compiled_where_that_is_faster(monkeypatch, faster, compil
 
 
 def test_without_calibration_the_settings_are_fixed():
-    settings = BaseClassifier(steps(), SHAPE, device="cpu", dtype=torch.float32, compile=False, calibrate=False).settings
+    settings = BaseClassifier(
+        steps(), SHAPE, device="cpu", dtype=torch.float32, compile=False, calibrate=False
+    ).settings
     assert (settings["block"], settings["layout"]) == (128, "channels_last")
 
 
@@ -478,7 +531,9 @@ class AlwaysTraining(BatchNormed):
 def hooked():
     """A network that reads its features from a hook, which writes them into the original wherever its copies run."""
     model, found = OnItsOwn(lambda z: found["features"]), {}
-    model.head.register_forward_hook(lambda module, inputs, output: found.setdefault("features", output))
+    model.head.register_forward_hook(
+        lambda module, inputs, output: found.setdefault("features", output)
+    )
     with torch.no_grad():
         model(images(1))
     return model
@@ -488,7 +543,10 @@ def hooked():
     ("model", "message"),
     [
         (OnItsOwn(lambda z: z - z.mean(dim=0, keepdim=True)), "each image by itself"),
-        (OnItsOwn(lambda z: nn.functional.batch_norm(z, None, None, training=True)), "each image by itself"),
+        (
+            OnItsOwn(lambda z: nn.functional.batch_norm(z, None, None, training=True)),
+            "each image by itself",
+        ),
         (Attends(batch_first=False), "each image by itself"),
         (OnItsOwn(lambda z: z.mean(dim=0, keepdim=True)), r"a row an image.*got shape \[1, 3\]"),
         (OnItsOwn(lambda z: (z, z)), "a tensor of logits .*; got tuple: wrap it"),
@@ -508,13 +566,23 @@ def test_batch_norm_that_stays_in_training_mode_is_refused():
         BaseClassifier(AlwaysTraining(), SHAPE, **PLAIN)
 
 
-@pytest.mark.parametrize("model", [Attends(batch_first=True), small_resnet(), OnItsOwn(lambda z: 0 * z), OnItsOwn(lambda z: z * 1e-6 + 5)])
+@pytest.mark.parametrize(
+    "model",
+    [
+        Attends(batch_first=True),
+        small_resnet(),
+        OnItsOwn(lambda z: 0 * z),
+        OnItsOwn(lambda z: z * 1e-6 + 5),
+    ],
+)
 def test_networks_that_take_each_image_by_itself_are_not(model):
     assert BaseClassifier(model, SHAPE, **PLAIN).classes == 3
 
 
 def test_a_random_forward_is_admitted_with_a_warning(caplog):
-    source = ModelCounts(OnItsOwn(lambda z: nn.functional.dropout(z, 0.5)), images(2), Gaussian(0.3), **PLAIN)
+    source = ModelCounts(
+        OnItsOwn(lambda z: nn.functional.dropout(z, 0.5)), images(2), Gaussian(0.3), **PLAIN
+    )
     assert "two passes over the same images differ" in caplog.text
     assert source.draw(30).sum() == 60
 
@@ -524,17 +592,26 @@ def test_networks_of_other_precisions_are_converted(convert):
     model = OnItsOwn(lambda z: z)
     rounded = convert(OnItsOwn(lambda z: z)).float()
     expected = ModelCounts(rounded, images(2), Gaussian(0.3), **PLAIN).draw(200)
-    np.testing.assert_array_equal(ModelCounts(convert(model), images(2), Gaussian(0.3), **PLAIN).draw(200), expected)
+    np.testing.assert_array_equal(
+        ModelCounts(convert(model), images(2), Gaussian(0.3), **PLAIN).draw(200), expected
+    )
 
 
-def test_a_network_that_knows_no_bfloat16_runs_in_float32_unless_bfloat16_is_asked_for(monkeypatch, caplog):
+def test_a_network_that_knows_no_bfloat16_runs_in_float32_unless_bfloat16_is_asked_for(
+    monkeypatch, caplog
+):
     monkeypatch.setattr(engine, "default_dtype", lambda model, device: torch.bfloat16)
     model = OnItsOwn(lambda z: z @ torch.eye(3))
     assert BaseClassifier(model, SHAPE, **PLAIN | {"dtype": None}).settings["dtype"] == "float32"
     assert "does not run in bfloat16, counting in float32" in caplog.text
-    with pytest.raises(ValueError, match=r"dtype: model does not run in bfloat16 .*pass dtype=torch\.float32"):
+    with pytest.raises(
+        ValueError, match=r"dtype: model does not run in bfloat16 .*pass dtype=torch\.float32"
+    ):
         BaseClassifier(model, SHAPE, **PLAIN | {"dtype": torch.bfloat16})
-    assert BaseClassifier(OnItsOwn(lambda z: z), SHAPE, **PLAIN | {"dtype": None}).settings["dtype"] == "bfloat16"
+    assert (
+        BaseClassifier(OnItsOwn(lambda z: z), SHAPE, **PLAIN | {"dtype": None}).settings["dtype"]
+        == "bfloat16"
+    )
 
 
 def test_a_single_non_finite_logit_is_found():
@@ -543,10 +620,14 @@ def test_a_single_non_finite_logit_is_found():
     class Rare(nn.Module):
         def forward(self, x):
             first = x.flatten(1)[:, 0]
-            return torch.stack([torch.where(first > 0.5 + 0.5 * 3.2, torch.nan, first), -first], dim=1)
+            return torch.stack(
+                [torch.where(first > 0.5 + 0.5 * 3.2, torch.nan, first), -first], dim=1
+            )
 
     source = ModelCounts(Rare(), torch.full((4, *SHAPE), 0.5), Gaussian(0.5), **PLAIN)
-    with pytest.raises(ValueError, match=r"non-finite logits .* on \d of 3000 noisy copies of example \d"):
+    with pytest.raises(
+        ValueError, match=r"non-finite logits .* on \d of 3000 noisy copies of example \d"
+    ):
         source.draw(3000)
 
 

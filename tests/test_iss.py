@@ -10,11 +10,16 @@ from scipy.stats import beta, binom, binomtest, norm
 
 from lib.bounds import clopper_pearson_lower
 from lib.certify import ABSTAIN, Certificates, certify
-from lib.counts import RecordedCounts, SimulatedCounts
+from lib.counts import RecordedCounts, SimulatedCounts, counts_from_log
 from lib.iss import SampleSizeMap, certify_iss, decline, failure_rate, sample_size_map
-from lib.metrics import average_certified_radius, average_sample_size, max_absolute_decline, speed_up
+from lib.metrics import (
+    average_certified_radius,
+    average_sample_size,
+    max_absolute_decline,
+    speed_up,
+)
 from lib.noise import Gaussian
-from lib.records import counts_from_log, read_log
+from lib.store.logs import read_log
 
 RECORDS = pathlib.Path(__file__).parent.parent / "data" / "records"
 NOISE = Gaussian(0.5)
@@ -26,7 +31,9 @@ levels = st.sampled_from([0.0001, 0.001, 0.01, 0.05, 0.3])
 sigmas = st.sampled_from([0.12, 0.25, 0.5, 1.0])
 shares = st.floats(0.01, 0.5)
 # Probabilities crowd near 1, where a well-trained smoothed classifier has them.
-probabilities = st.one_of(st.floats(0.5, 1.0), st.floats(1.5, 7.0).map(lambda digits: 1 - 10**-digits), st.just(1.0))
+probabilities = st.one_of(
+    st.floats(0.5, 1.0), st.floats(1.5, 7.0).map(lambda digits: 1 - 10**-digits), st.just(1.0)
+)
 
 
 # ------------------------------------------------------------------ the decline
@@ -36,7 +43,9 @@ def test_decline_is_definition_1_and_2_by_scipys_beta_quantile():
     k, p = np.array([500.0, 20_000.0, 99_000.0]), np.array([0.95, 0.8, 0.999])
     before, after = (0.5 * norm.ppf(beta.ppf(ALPHA, p * n, n - p * n + 1)) for n in (100_000.0, k))
     np.testing.assert_allclose(decline(k, 100_000, p, NOISE, ALPHA), before - after, atol=1e-9)
-    np.testing.assert_allclose(decline(k, 100_000, p, NOISE, ALPHA, "relative"), (before - after) / before, atol=1e-9)
+    np.testing.assert_allclose(
+        decline(k, 100_000, p, NOISE, ALPHA, "relative"), (before - after) / before, atol=1e-9
+    )
 
 
 def test_decline_at_its_ends():
@@ -48,11 +57,21 @@ def test_decline_at_its_ends():
     assert decline(10, 1000, [0.0, 0.4, 0.5], NOISE, ALPHA, "relative").tolist() == [0, 0, 0]
 
 
-@given(p=probabilities, alpha=st.sampled_from([1e-6, 0.001, 0.05, 0.3, 0.5]), start=st.integers(1, 20_000))
+@given(
+    p=probabilities,
+    alpha=st.sampled_from([1e-6, 0.001, 0.05, 0.3, 0.5]),
+    start=st.integers(1, 20_000),
+)
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_decline_falls_with_every_draw(p, alpha, start):
     """What the bisection rests on: the bound of p k hits in k draws rises with k, at every whole k (1e-12: rounding of the bound)."""
-    k = np.unique(np.r_[np.arange(1, 400), np.arange(start, start + 400), np.geomspace(400, 500_000, 200).astype(int)])
+    k = np.unique(
+        np.r_[
+            np.arange(1, 400),
+            np.arange(start, start + 400),
+            np.geomspace(400, 500_000, 200).astype(int),
+        ]
+    )
     bound = clopper_pearson_lower(p * k, k, alpha)
     assert (np.diff(bound) >= -1e-12).all()
 
@@ -63,7 +82,9 @@ def test_decline_falls_with_every_draw(p, alpha, start):
 def test_map_gives_the_numbers_of_figure_3():
     """Chen et al. 2022, figure 3: AD(k; 100,000, p) <= .0042 at sigma .5 takes about 35,000 draws at p = .51 and 65,000 at .99."""
     for step in (0.001, None):
-        low, high = sample_size_map(100_000, 0.0042, "absolute", NOISE, ALPHA, step).psi([0.51, 0.99])
+        low, high = sample_size_map(100_000, 0.0042, "absolute", NOISE, ALPHA, step).psi(
+            [0.51, 0.99]
+        )
         # To the next ten, found by independent code.
         assert (np.ceil(low / 10) * 10, np.ceil(high / 10) * 10) == (35_270, 65_870)
 
@@ -74,7 +95,10 @@ def test_psi_is_the_first_k_of_an_exhaustive_search(kind, limit, alpha):
     p = np.r_[np.linspace(0.4, 1, 25), 0.999]
     lost = decline(np.arange(301)[:, None], 300, p, NOISE, alpha, kind)
     # A radius of 0 is allowed where the whole radius is within the limit: k = 0.
-    np.testing.assert_array_equal(sample_size_map(300, limit, kind, NOISE, alpha, None).psi(p), (lost <= limit + 1e-12).argmax(axis=0))
+    np.testing.assert_array_equal(
+        sample_size_map(300, limit, kind, NOISE, alpha, None).psi(p),
+        (lost <= limit + 1e-12).argmax(axis=0),
+    )
 
 
 def test_psi_at_p_1_has_a_closed_form():
@@ -85,11 +109,19 @@ def test_psi_at_p_1_has_a_closed_form():
         assert found == np.ceil(np.log(ALPHA) / np.log(target))
 
 
-@given(n_max=sizes, alpha=levels, sigma=sigmas, limit=st.floats(0.002, 0.3), p=st.lists(probabilities, min_size=2, max_size=40))
+@given(
+    n_max=sizes,
+    alpha=levels,
+    sigma=sigmas,
+    limit=st.floats(0.002, 0.3),
+    p=st.lists(probabilities, min_size=2, max_size=40),
+)
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_absolute_psi_rises_with_p(n_max, alpha, sigma, limit, p):
     p = np.sort(np.r_[p, np.linspace(0, 1, 301)])
-    assert (np.diff(sample_size_map(n_max, limit, "absolute", Gaussian(sigma), alpha, None).psi(p)) >= 0).all()
+    assert (
+        np.diff(sample_size_map(n_max, limit, "absolute", Gaussian(sigma), alpha, None).psi(p)) >= 0
+    ).all()
 
 
 @given(n_max=sizes, alpha=levels, limit=shares, p=st.lists(probabilities, min_size=2, max_size=40))
@@ -105,21 +137,36 @@ def test_relative_psi_falls_then_rises_above_its_jump(n_max, alpha, limit, p):
 
 
 @given(
-    case=st.sampled_from(SETTINGS), n_max=sizes, alpha=levels, ends=st.tuples(probabilities, probabilities), step=st.sampled_from([None, 0.001, 0.07])
+    case=st.sampled_from(SETTINGS),
+    n_max=sizes,
+    alpha=levels,
+    ends=st.tuples(probabilities, probabilities),
+    step=st.sampled_from([None, 0.001, 0.07]),
 )
 @settings(max_examples=150, deadline=None, derandomize=True)
-def test_proposition_1_the_decline_is_within_its_limit_on_the_whole_interval(case, n_max, alpha, ends, step):
+def test_proposition_1_the_decline_is_within_its_limit_on_the_whole_interval(
+    case, n_max, alpha, ends, step
+):
     kind, limit = case
     found = sample_size_map(n_max, limit, kind, NOISE, alpha, step)
     p = np.linspace(min(ends), max(ends), 60)
     if kind == "relative":
         # RD's exception, below: the interval, with the cells of the grid at its ends, must lie above the jump.
-        low = p[0] if step is None else found.grid[np.searchsorted(found.grid, p[0], side="right") - 1]
+        low = (
+            p[0]
+            if step is None
+            else found.grid[np.searchsorted(found.grid, p[0], side="right") - 1]
+        )
         assume(clopper_pearson_lower(low * n_max, n_max, alpha) > 0.5)
     assert (decline(found(p[0], p[-1]), n_max, p, NOISE, alpha, kind) <= limit + 1e-9).all()
 
 
-@given(case=st.sampled_from(SETTINGS), n_max=sizes, alpha=levels, ends=st.tuples(probabilities, probabilities))
+@given(
+    case=st.sampled_from(SETTINGS),
+    n_max=sizes,
+    alpha=levels,
+    ends=st.tuples(probabilities, probabilities),
+)
 @settings(max_examples=100, deadline=None, derandomize=True)
 def test_proposition_2_one_draw_less_breaks_it_at_an_end(case, n_max, alpha, ends):
     kind, limit = case
@@ -192,7 +239,16 @@ def test_certificates_are_well_formed_for_every_n0(n_max, part, case, step, draw
     p = np.r_[0.0, 0.2, 0.49, 0.5, 0.51, 0.53, 0.6, 0.8, 0.95, 0.999, 1.0]
     source = SimulatedCounts(np.stack([p, (1 - p) / 2, (1 - p) / 2], axis=1), seed=seed)
     given_class = np.zeros(len(p), dtype=int) if known else None
-    found = certify_iss(source, NOISE, n0, n_max, sample_size_map(n_max, case[1], case[0], NOISE, 0.05, step), 0.05, draws, given_class)
+    found = certify_iss(
+        source,
+        NOISE,
+        n0,
+        n_max,
+        sample_size_map(n_max, case[1], case[0], NOISE, 0.05, step),
+        0.05,
+        draws,
+        given_class,
+    )
     gone = found.prediction == ABSTAIN
     assert np.isfinite(found.radius).all()
     assert ((found.p_lower >= 0) & (found.p_lower <= 1)).all()
@@ -222,7 +278,9 @@ def test_draws_and_bounds_of_a_unanimous_vote():
         assert got.p_lower[0] == pytest.approx(ALPHA ** (1 / used), rel=1e-12)
 
 
-@pytest.mark.parametrize(("n0", "draws"), [(100, "fresh"), (100, "reused"), (900, "fresh"), (900, "reused")])
+@pytest.mark.parametrize(
+    ("n0", "draws"), [(100, "fresh"), (100, "reused"), (900, "fresh"), (900, "reused")]
+)
 def test_reused_draws_count_in_the_bound_and_fresh_ones_do_not(n0, draws):
     """The same record replayed by hand: a replay depends only on its seed and the sizes asked."""
     votes, found = np.array([[1920, 80]]), sample_size_map(1000, 0.1, "absolute", NOISE, ALPHA)
@@ -244,7 +302,9 @@ def test_an_interval_below_one_half_abstains_after_n0_draws():
 
 def test_a_given_class_is_the_one_certified():
     found = sample_size_map(1000, 0.1, "absolute", NOISE, ALPHA)
-    got = certify_iss(SimulatedCounts([[0.9, 0.1]] * 2, seed=0), NOISE, 100, 1000, found, ALPHA, prediction=[0, 1])
+    got = certify_iss(
+        SimulatedCounts([[0.9, 0.1]] * 2, seed=0), NOISE, 100, 1000, found, ALPHA, prediction=[0, 1]
+    )
     assert got.prediction.tolist() == [0, ABSTAIN]
 
 
@@ -294,7 +354,11 @@ def test_audited_rates(sigma, kind, limit):
     assert worst["fresh", False] <= 1
     assert worst["reused", False] <= 1.05
     # At a tie: what the docstring of certify_iss says. For AD only limit / sigma matters, for RD not even sigma.
-    documented = {0.05: 1.84, 0.10: 1.80, 0.20: 1.73, 0.40: 0.0}[limit / sigma] if kind == "absolute" else {0.01: 1.29, 0.05: 1.44}[limit]
+    documented = (
+        {0.05: 1.84, 0.10: 1.80, 0.20: 1.73, 0.40: 0.0}[limit / sigma]
+        if kind == "absolute"
+        else {0.01: 1.29, 0.05: 1.44}[limit]
+    )
     assert failure_rate(0.5, 1000, found, "reused") / ALPHA == pytest.approx(documented, abs=0.01)
 
 
@@ -326,14 +390,26 @@ def test_failure_rate_by_enumerating_every_outcome(draws):
 
 
 def test_metrics_of_draws_and_decline():
-    before = Certificates(np.array([0, 1, 2]), np.array([1.0, 0.5, 0.2]), np.array([0.9, 0.8, 0.7]), np.array([1000, 1000, 1000]))
-    after = Certificates(np.array([0, 1, ABSTAIN]), np.array([0.9, 0.6, 0.0]), np.array([0.8, 0.8, 0.4]), np.array([100, 600, 50]))
+    before = Certificates(
+        np.array([0, 1, 2]),
+        np.array([1.0, 0.5, 0.2]),
+        np.array([0.9, 0.8, 0.7]),
+        np.array([1000, 1000, 1000]),
+    )
+    after = Certificates(
+        np.array([0, 1, ABSTAIN]),
+        np.array([0.9, 0.6, 0.0]),
+        np.array([0.8, 0.8, 0.4]),
+        np.array([100, 600, 50]),
+    )
     assert max_absolute_decline(before, after) == 0.2
     assert max_absolute_decline(after, before) == pytest.approx(0.1)
     assert average_sample_size(after) == 250
     assert speed_up(after, 1000) == 4
     with pytest.raises(ValueError, match="after must"):
-        max_absolute_decline(before, Certificates.from_bounds(np.array([0]), np.array([0.9]), NOISE, 10))
+        max_absolute_decline(
+            before, Certificates.from_bounds(np.array([0]), np.array([0.9]), NOISE, 10)
+        )
     with pytest.raises(ValueError, match="n must"):
         speed_up(after, 0)
 
@@ -341,13 +417,22 @@ def test_metrics_of_draws_and_decline():
 @pytest.mark.parametrize(("step", "draws"), [(0.001, 34_313), (None, 32_363)])
 def test_replay_of_a_published_imagenet_log(step, draws):
     """AD-10-0.05 at sigma .5 (Chen et al. 2022, table 1: 32,992 draws, ACR .794); the draws by independent code, .6% a replay."""
-    log = counts_from_log(read_log(RECORDS / "imagenet-resnet50-consistency-sigma0.50.tsv"), NOISE, 100_000, ALPHA)
+    log = counts_from_log(
+        read_log(RECORDS / "imagenet-resnet50-consistency-sigma0.50.tsv"), NOISE, 100_000, ALPHA
+    )
     found = sample_size_map(100_000, 0.05, "absolute", NOISE, ALPHA, step)
-    iss = certify_iss(RecordedCounts(log.counts), NOISE, 1000, 100_000, found, ALPHA, "reused", log.prediction)
-    ias = certify(RecordedCounts(log.counts), NOISE, 0, round(average_sample_size(iss)), ALPHA, log.prediction)
+    iss = certify_iss(
+        RecordedCounts(log.counts), NOISE, 1000, 100_000, found, ALPHA, "reused", log.prediction
+    )
+    ias = certify(
+        RecordedCounts(log.counts), NOISE, 0, round(average_sample_size(iss)), ALPHA, log.prediction
+    )
     assert average_sample_size(iss) == pytest.approx(draws, rel=0.02)
     assert average_certified_radius(iss, log.labels) == pytest.approx(0.794, abs=0.010)
-    assert average_certified_radius(iss, log.labels) > average_certified_radius(ias, log.labels) + 0.015
+    assert (
+        average_certified_radius(iss, log.labels)
+        > average_certified_radius(ias, log.labels) + 0.015
+    )
     assert (iss.prediction[log.abstained] == ABSTAIN).all()
 
 
@@ -372,7 +457,17 @@ def test_replay_of_a_published_imagenet_log(step, draws):
 )
 def test_a_map_names_the_argument_that_is_wrong(changed, named):
     with pytest.raises(ValueError, match=rf"\b{named} must"):
-        sample_size_map(**{"n_max": 100, "decline": 0.05, "kind": "absolute", "noise": NOISE, "alpha": ALPHA, "step": 0.01} | changed)
+        sample_size_map(
+            **{
+                "n_max": 100,
+                "decline": 0.05,
+                "kind": "absolute",
+                "noise": NOISE,
+                "alpha": ALPHA,
+                "step": 0.01,
+            }
+            | changed
+        )
 
 
 @pytest.mark.parametrize(
@@ -392,7 +487,10 @@ def test_a_map_names_the_argument_that_is_wrong(changed, named):
 def test_certify_iss_names_the_argument_that_is_wrong(changed, named):
     found = sample_size_map(100, 0.05, "absolute", NOISE, ALPHA, 0.01)
     with pytest.raises(ValueError, match=rf"\b{named} must"):
-        certify_iss(RecordedCounts([[300, 0], [0, 300]]), **{"noise": NOISE, "n0": 10, "n_max": 100, "map": found, "alpha": ALPHA} | changed)
+        certify_iss(
+            RecordedCounts([[300, 0], [0, 300]]),
+            **{"noise": NOISE, "n0": 10, "n_max": 100, "map": found, "alpha": ALPHA} | changed,
+        )
 
 
 def test_the_rest_names_the_argument_that_is_wrong():

@@ -11,12 +11,16 @@ from lib.metrics import abstention, average_certified_radius, certified_accuracy
 
 def certificates(prediction, radius):
     size = len(prediction)
-    return Certificates(np.array(prediction), np.array(radius, dtype=np.float64), np.zeros(size), np.full(size, 10))
+    return Certificates(
+        np.array(prediction), np.array(radius, dtype=np.float64), np.zeros(size), np.full(size, 10)
+    )
 
 
 # Right at 1.0, wrong at 2.0, abstained, right at 0.5.
 FOUR, LABELS = certificates([0, 1, ABSTAIN, 3], [1.0, 2.0, 0.0, 0.5]), np.array([0, 7, 2, 3])
-some_certificates = st.lists(st.tuples(st.integers(-1, 2), st.floats(0, 4), st.integers(0, 2)), min_size=1, max_size=30)
+some_certificates = st.lists(
+    st.tuples(st.integers(-1, 2), st.floats(0, 4), st.integers(0, 2)), min_size=1, max_size=30
+)
 
 
 def test_average_certified_radius_by_hand():
@@ -30,7 +34,10 @@ def test_a_wrong_example_of_infinite_radius_counts_nothing():
 
 def test_certified_accuracy_by_hand():
     """Beyond the radius, strictly: at .5 itself the last example is out."""
-    np.testing.assert_array_equal(certified_accuracy(FOUR, LABELS, [0, 0.49, 0.5, 0.99, 1.0, 3.0]), [0.5, 0.5, 0.25, 0.25, 0, 0])
+    np.testing.assert_array_equal(
+        certified_accuracy(FOUR, LABELS, [0, 0.49, 0.5, 0.99, 1.0, 3.0]),
+        [0.5, 0.5, 0.25, 0.25, 0, 0],
+    )
     assert certified_accuracy(FOUR, LABELS, 0.0) == 0.5
     assert certified_accuracy(FOUR, LABELS, [[0.0], [0.7]]).shape == (2, 1)
 
@@ -52,4 +59,6 @@ def test_average_radius_is_the_area_under_the_certified_accuracy(rows):
     curve = certified_accuracy(found, labels, steps)
     assert (np.diff(curve) <= 0).all()
     assert curve[-1] == 0
-    assert average_certified_radius(found, labels) == pytest.approx((curve[:-1] * np.diff(steps)).sum(), abs=1e-12)
+    assert average_certified_radius(found, labels) == pytest.approx(
+        (curve[:-1] * np.diff(steps)).sum(), abs=1e-12
+    )

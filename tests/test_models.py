@@ -6,9 +6,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from lib.checkpoints import load_checkpoint, model_hash, save_checkpoint
 from lib.data import INFO
-from lib.models import Normalize, build
+from lib.models import Normalize, build, load_checkpoint, model_hash, save_checkpoint
 
 HEADER = {"architecture": "small_cnn", "data": "digits", "sigma": 0.5, "seed": 3}
 
@@ -22,7 +21,9 @@ def test_normalize_by_hand():
     """(x - mean) / std, channel by channel."""
     x = torch.stack([torch.full((2, 2), 0.5), torch.full((2, 2), 1.0)])[None]
     out = Normalize((0.25, 0.5), (0.5, 0.1))(x)
-    torch.testing.assert_close(out, torch.stack([torch.full((2, 2), 0.5), torch.full((2, 2), 5.0)])[None])
+    torch.testing.assert_close(
+        out, torch.stack([torch.full((2, 2), 0.5), torch.full((2, 2), 5.0)])[None]
+    )
 
 
 @pytest.mark.parametrize(
@@ -48,7 +49,9 @@ def test_normalisation_is_the_first_layer():
     """So that noise is added to images in [0, 1]: the network sees (x - mean) / std with the data set's constants."""
     model, x = digits_cnn(), torch.rand(2, 1, 8, 8)
     assert isinstance(model[0], Normalize)
-    torch.testing.assert_close(model(x), model[1]((x - INFO["digits"].mean[0]) / INFO["digits"].std[0]))
+    torch.testing.assert_close(
+        model(x), model[1]((x - INFO["digits"].mean[0]) / INFO["digits"].std[0])
+    )
     assert {"0.mean", "0.std"} <= set(model.state_dict())
 
 
@@ -56,7 +59,9 @@ def test_the_resnets_shortcut_keeps_the_shape_of_each_stage():
     """16, 32 and 64 channels at full, half and quarter size."""
     network, shapes = build("cifar_resnet20", "cifar10").eval()[1], []
     for stage in (network.layer1, network.layer2, network.layer3):
-        stage.register_forward_hook(lambda module, inputs, output: shapes.append(tuple(output.shape[1:])))
+        stage.register_forward_hook(
+            lambda module, inputs, output: shapes.append(tuple(output.shape[1:]))
+        )
     with torch.no_grad():
         network(torch.rand(1, 3, 32, 32))
     assert shapes == [(16, 32, 32), (32, 16, 16), (64, 8, 8)]
@@ -70,7 +75,9 @@ def test_a_checkpoint_in_half_precision_is_the_rounded_network(tmp_path):
         assert torch.equal(loaded.state_dict()[name], tensor.half().float())
     # Saved again it is the same file: what is rounded once stays.
     save_checkpoint(tmp_path / "again.safetensors", loaded, HEADER)
-    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "m.safetensors").read_bytes()
+    assert (tmp_path / "again.safetensors").read_bytes() == (
+        tmp_path / "m.safetensors"
+    ).read_bytes()
 
 
 def test_the_hash_tells_networks_apart():
@@ -86,6 +93,10 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
     header = HEADER | {"architecture": "mlp"}
     with pytest.raises(ValueError, match="model does not fit its architecture"):
         save_checkpoint(tmp_path / "m.safetensors", digits_cnn(), header)
-    safetensors.torch.save_file(digits_cnn().state_dict(), tmp_path / "m.safetensors", metadata={"header": json.dumps(header)})
+    safetensors.torch.save_file(
+        digits_cnn().state_dict(),
+        tmp_path / "m.safetensors",
+        metadata={"header": json.dumps(header)},
+    )
     with pytest.raises(ValueError, match="does not fit its architecture"):
         load_checkpoint(tmp_path / "m.safetensors")

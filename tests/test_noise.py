@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import kstest, norm
 
-from lib.noise import Gaussian, cohen_radius, lecuyer_bound, lecuyer_radius, li_bound, li_radius
+from lib.noise import Gaussian
+from lib.theory import cohen_radius, lecuyer_bound, lecuyer_radius, li_bound, li_radius
 
 sigmas = st.floats(0.01, 4)
 # Pairs of every kind: far apart, close together, near 0 and near 1.
@@ -36,7 +37,9 @@ def some_pairs(count=300):
 
 def test_radius_by_hand():
     """sigma Phi^-1(p), with Phi^-1(.99) = 2.3263479 from a printed table; at or below 1/2 nothing is certified; at 1 everything."""
-    np.testing.assert_allclose(Gaussian(0.5).radius([0.99, 0.5, 0.3, 0.0, 1.0]), [1.16317394, 0, 0, 0, np.inf], rtol=1e-8)
+    np.testing.assert_allclose(
+        Gaussian(0.5).radius([0.99, 0.5, 0.3, 0.0, 1.0]), [1.16317394, 0, 0, 0, np.inf], rtol=1e-8
+    )
     assert isinstance(Gaussian(0.5).radius(0.99), float)
     assert Gaussian(1.0).probability(1.0) == pytest.approx(0.8413447461, abs=1e-10)
     assert Gaussian(0.25).probability(0) == 0.5
@@ -52,7 +55,9 @@ def test_the_largest_radius_of_the_papers_setting():
 def test_radius_and_probability_are_inverse(z, sigma):
     """Both ways round. Near 1 a double holds p to 1e-16, and z moves by 1e-16 / phi(z): 1e-10 at z = 5."""
     noise = Gaussian(sigma)
-    assert noise.radius(noise.probability(sigma * z)) == pytest.approx(sigma * z, rel=1e-9, abs=1e-9)
+    assert noise.radius(noise.probability(sigma * z)) == pytest.approx(
+        sigma * z, rel=1e-9, abs=1e-9
+    )
     p = norm.cdf(z)
     assert noise.probability(noise.radius(p)) == pytest.approx(p, rel=1e-14)
 
@@ -81,12 +86,19 @@ def test_samples_are_independent_normal_draws_around_the_image(kind):
     """Mean, spread and shape (Kolmogorov-Smirnov over 320,000 pixels), no correlation between pixels, images or calls."""
     x = torch.rand(5000, 1, 8, 8, generator=torch.Generator().manual_seed(9))
     generator = generators(1)[kind]
-    first, second = ((Gaussian(0.5).sample(x, generator) - x).numpy().reshape(5000, 64) for _ in range(2))
+    first, second = (
+        (Gaussian(0.5).sample(x, generator) - x).numpy().reshape(5000, 64) for _ in range(2)
+    )
     for noise in (first, second):
         assert noise.dtype == np.float32
         assert kstest(noise.ravel() / 0.5, "norm").pvalue > 1e-4
     # Under independence a correlation over m pairs is normal with standard deviation 1 / sqrt(m).
-    for a, b in ((first, second), (first[:, 1:], first[:, :-1]), (first[1:], first[:-1]), (np.abs(first), np.abs(second))):
+    for a, b in (
+        (first, second),
+        (first[:, 1:], first[:, :-1]),
+        (first[1:], first[:-1]),
+        (np.abs(first), np.abs(second)),
+    ):
         assert abs(np.corrcoef(a.ravel(), b.ravel())[0, 1]) < 4.5 / np.sqrt(a.size)
 
 
@@ -116,13 +128,26 @@ def test_samples_at_one_sigma_per_example():
 
 def test_cohen_radius_by_hand():
     """sigma / 2 (Phi^-1(p_a) - Phi^-1(p_b)); at p_b = 1 - p_a it is the one-sided radius."""
-    assert cohen_radius(0.8, 0.1, 0.5) == pytest.approx(0.25 * (0.8416212336 + 1.2815515655), abs=1e-9)
+    assert cohen_radius(0.8, 0.1, 0.5) == pytest.approx(
+        0.25 * (0.8416212336 + 1.2815515655), abs=1e-9
+    )
     p = np.linspace(0.5, 1, 51)
-    np.testing.assert_allclose(cohen_radius(p, 1 - p, 0.25), Gaussian(0.25).radius(p), rtol=1e-9, atol=1e-15)
+    np.testing.assert_allclose(
+        cohen_radius(p, 1 - p, 0.25), Gaussian(0.25).radius(p), rtol=1e-9, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize(
-    ("p_a", "p_b", "expected"), [(1, 0, np.inf), (0.7, 0, np.inf), (0.5, 0.5, 0), (0.3, 0.3, 0), (0, 0, 0), (0.2, 0.6, 0), (0, 1, 0)]
+    ("p_a", "p_b", "expected"),
+    [
+        (1, 0, np.inf),
+        (0.7, 0, np.inf),
+        (0.5, 0.5, 0),
+        (0.3, 0.3, 0),
+        (0, 0, 0),
+        (0.2, 0.6, 0),
+        (0, 1, 0),
+    ],
 )
 def test_cohen_radius_at_the_edges(p_a, p_b, expected):
     assert cohen_radius(p_a, p_b, 0.5) == expected
@@ -145,7 +170,11 @@ def test_older_bounds_against_their_printed_formulas():
     """Equations 30 and 37 typed as they stand (the power mean's outer exponent 1 / (1 - order)), where rounding does not hurt them."""
     p_a, p_b, sigma = 0.8, 0.15, 0.5
     for beta in (0.05, 0.3, 0.7):
-        expected = sigma * beta / np.sqrt(2 * np.log(1.25 * (1 + np.exp(beta)) / (p_a - np.exp(2 * beta) * p_b)))
+        expected = (
+            sigma
+            * beta
+            / np.sqrt(2 * np.log(1.25 * (1 + np.exp(beta)) / (p_a - np.exp(2 * beta) * p_b)))
+        )
         assert lecuyer_bound(p_a, p_b, beta, sigma) == pytest.approx(expected, rel=1e-12)
     for order in (0.01, 0.5, 0.9, 1.1, 2.0, 7.0):
         mean = ((p_a ** (1 - order) + p_b ** (1 - order)) / 2) ** (1 / (1 - order))
@@ -160,7 +189,9 @@ def test_older_bounds_say_nothing_outside_their_range():
     assert li_bound(0.3, 0.4, 2.0, 0.5) == 0
 
 
-@pytest.mark.parametrize(("p_a", "p_b"), [(0.9, 0.05), (0.6, 0.4), (0.5001, 0.4999), (0.999, 1e-30), (0.2, 0.01)])
+@pytest.mark.parametrize(
+    ("p_a", "p_b"), [(0.9, 0.05), (0.6, 0.4), (0.5001, 0.4999), (0.999, 1e-30), (0.2, 0.01)]
+)
 def test_li_at_order_one_is_the_limit(p_a, p_b):
     """The power mean of exponent 0 is the geometric mean; the bound is continuous there."""
     expected = np.sqrt(-2 * np.log1p(-p_a - p_b + 2 * np.sqrt(p_a * p_b)))
@@ -169,7 +200,10 @@ def test_li_at_order_one_is_the_limit(p_a, p_b):
         assert li_bound(p_a, p_b, order, 1.0) == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("bound", "radius"), [(lecuyer_bound, lecuyer_radius), (lambda a, b, t, s: li_bound(a, b, np.exp(t), s), li_radius)])
+@pytest.mark.parametrize(
+    ("bound", "radius"),
+    [(lecuyer_bound, lecuyer_radius), (lambda a, b, t, s: li_bound(a, b, np.exp(t), s), li_radius)],
+)
 def test_suprema_against_scipys_optimiser(bound, radius):
     """At 300 pairs, a coarse scan of the whole range and then Brent's method: our supremum is not beaten, nor out of reach."""
     for p_a, p_b in zip(*some_pairs(), strict=True):
@@ -178,7 +212,12 @@ def test_suprema_against_scipys_optimiser(bound, radius):
         values = bound(p_a, p_b, scan, 1.0)
         i = int(np.argmax(values))
         around = scan[max(i - 1, 0)], scan[min(i + 1, 199)]
-        found = minimize_scalar(lambda t, a=p_a, b=p_b: -float(bound(a, b, t, 1.0)), bounds=around, method="bounded", options={"xatol": 1e-14})
+        found = minimize_scalar(
+            lambda t, a=p_a, b=p_b: -float(bound(a, b, t, 1.0)),
+            bounds=around,
+            method="bounded",
+            options={"xatol": 1e-14},
+        )
         best = max(-found.fun, values.max())
         # A double holds 1 - p_a to 1e-16: at p_a = 1 - 1e-12 that alone moves the logarithm in Li's bound by a few parts in 1e6.
         assert radius(p_a, p_b, 1.0) == pytest.approx(best, rel=1e-6)
@@ -188,12 +227,18 @@ def test_li_of_close_probabilities_by_its_limit():
     """As p_a and p_b close up, the bound at any order is sqrt(p_a + p_b) u with u = log(p_a / p_b) / 2. As printed it drowns in rounding there."""
     for gap in (1e-3, 1e-6, 1e-9, 1e-12):
         p_a, p_b = 0.4 * (1 + gap), 0.4 * (1 - gap)
-        assert li_radius(p_a, p_b, 1.0) == pytest.approx(np.sqrt(p_a + p_b) * np.log1p((p_a - p_b) / p_b) / 2, rel=1e-5)
+        assert li_radius(p_a, p_b, 1.0) == pytest.approx(
+            np.sqrt(p_a + p_b) * np.log1p((p_a - p_b) / p_b) / 2, rel=1e-5
+        )
 
 
 @given(pairs, sigmas)
 def test_cohen_dominates_both_older_bounds(pair, sigma):
-    cohen, lecuyer, li = cohen_radius(*pair, sigma), lecuyer_radius(*pair, sigma), li_radius(*pair, sigma)
+    cohen, lecuyer, li = (
+        cohen_radius(*pair, sigma),
+        lecuyer_radius(*pair, sigma),
+        li_radius(*pair, sigma),
+    )
     assert 0 <= lecuyer < cohen
     assert 0 <= li < cohen or li == cohen == np.inf
     assert not np.isnan([cohen, lecuyer, li]).any()
@@ -205,13 +250,26 @@ def test_bounds_broadcast_and_scale_with_sigma():
         table = radius(p_a, p_b, 1.0)
         assert table.shape == (2, 3)
         np.testing.assert_allclose(table[1, 2], radius(0.6, p_b[2], 1.0), rtol=1e-12)
-        np.testing.assert_allclose(radius(0.9, 0.05, [0.25, 0.5]), table[0, 0] * np.array([0.25, 0.5]), rtol=1e-12)
+        np.testing.assert_allclose(
+            radius(0.9, 0.05, [0.25, 0.5]), table[0, 0] * np.array([0.25, 0.5]), rtol=1e-12
+        )
         assert isinstance(radius(0.9, 0.05, 1.0), float)
 
 
 @pytest.mark.parametrize("radius", [lecuyer_radius, li_radius])
 @pytest.mark.parametrize(
-    ("p_a", "p_b"), [(1, 0), (1.0, 1e-20), (0.9, 0), (0.5, 0.5), (0, 0), (0.2, 0.6), (1e-300, 0), (0.5, np.nextafter(0.5, 0)), (0, 1)]
+    ("p_a", "p_b"),
+    [
+        (1, 0),
+        (1.0, 1e-20),
+        (0.9, 0),
+        (0.5, 0.5),
+        (0, 0),
+        (0.2, 0.6),
+        (1e-300, 0),
+        (0.5, np.nextafter(0.5, 0)),
+        (0, 1),
+    ],
 )
 def test_older_bounds_at_the_edges(radius, p_a, p_b):
     found = radius(p_a, p_b, 0.5)

@@ -12,7 +12,12 @@ NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("[0-9]*.ipynb"))
 
 @pytest.mark.parametrize("name", NAMES)
 def test_runs_at_the_smoke_profile(name):
-    done = subprocess.run([sys.executable, "notebooks/run.py", name, "smoke"], cwd=ROOT, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, "notebooks/run.py", name, "smoke"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     text = (ROOT / "build/smoke/figures" / name / "README.md").read_text()
     assert text.startswith("# ")

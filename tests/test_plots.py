@@ -12,7 +12,9 @@ from lib import plots
 def shown(tmp_path, monkeypatch):
     """What was displayed; figures go to a folder of the test."""
     monkeypatch.setenv("FIGURES", str(tmp_path))
-    monkeypatch.setattr(plots, "display", lambda content, **settings: displayed.append((content, settings)))
+    monkeypatch.setattr(
+        plots, "display", lambda content, **settings: displayed.append((content, settings))
+    )
     displayed = []
     return displayed
 
@@ -50,7 +52,12 @@ def test_curves_can_be_told_apart_without_colour():
 
 
 def test_a_table_shows_rounded_numbers_and_keeps_full_ones(tmp_path, shown):
-    frame = pd.DataFrame({"n": [10, 20], "ACR": [1 / 3, np.nan]}, index=pd.Index(["a", "b"], name="log"))
+    frame = pd.DataFrame(
+        {"n": [10, 20], "ACR": [1 / 3, np.nan]}, index=pd.Index(["a", "b"], name="log")
+    )
     plots.table(frame, "nb/t", "Two rows.", bold=["ACR"])
     assert (tmp_path / "nb/t.csv").read_text() == "log,n,ACR\na,10,0.333333333333\nb,20,\n"
-    assert shown[0][0].data == "*Two rows.*\n\n| log | n | ACR |\n| --- | --- | --- |\n| a | 10 | **0.333** |\n| b | 20 | – |"
+    assert (
+        shown[0][0].data
+        == "*Two rows.*\n\n| log | n | ACR |\n| --- | --- | --- |\n| a | 10 | **0.333** |\n| b | 20 | – |"
+    )

@@ -18,15 +18,20 @@ from hypothesis import strategies as st
 
 from lib.bounds import clopper_pearson_lower
 from lib.certify import ABSTAIN, certify
-from lib.counts import RecordedCounts
-from lib.files import write_atomically
+from lib.counts import RecordedCounts, counts_from_log
 from lib.metrics import average_certified_radius
 from lib.noise import Gaussian
-from lib.records import LOG_COLUMNS, counts_from_log, load_counts, read_log, save_counts, write_log
+from lib.store.files import write_atomically
+from lib.store.logs import LOG_COLUMNS, read_log, write_log
+from lib.store.records import load_counts, save_counts
 
 ROOT = pathlib.Path(__file__).parent.parent
 IMAGENET = ROOT / "data/records/imagenet-resnet50-consistency-sigma0.50.tsv"
-COUNTS, INDEX, LABELS = np.array([[99_000, 1000, 0], [5, 3, 99_992]]), np.array([4, 17]), np.array([0, 2])
+COUNTS, INDEX, LABELS = (
+    np.array([[99_000, 1000, 0], [5, 3, 99_992]]),
+    np.array([4, 17]),
+    np.array([0, 2]),
+)
 
 
 @pytest.fixture
@@ -40,8 +45,17 @@ def log_of(radius, predict=None, label=None, **more):
     """A log as a table: class 0 everywhere unless said otherwise."""
     radius = np.asarray(radius, dtype=np.float64)
     size = len(radius)
-    predict, label = np.zeros(size, int) if predict is None else predict, np.zeros(size, int) if label is None else label
-    columns = {"idx": np.arange(size), "label": label, "predict": predict, "radius": radius, "correct": np.equal(label, predict).astype(int)}
+    predict, label = (
+        np.zeros(size, int) if predict is None else predict,
+        np.zeros(size, int) if label is None else label,
+    )
+    columns = {
+        "idx": np.arange(size),
+        "label": label,
+        "predict": predict,
+        "radius": radius,
+        "correct": np.equal(label, predict).astype(int),
+    }
     return pd.DataFrame(columns | {"time": np.full(size, 1.5)} | more)
 
 
@@ -64,7 +78,16 @@ def test_a_record_opens_without_this_library(record):
 
 def test_the_same_content_gives_the_same_bytes(record, tmp_path):
     other = tmp_path / "elsewhere" / "again.npz"
-    save_counts(other, COUNTS.tolist(), INDEX.tolist(), LABELS.tolist(), note="π", model="digits", seed=3, sigma=0.5)
+    save_counts(
+        other,
+        COUNTS.tolist(),
+        INDEX.tolist(),
+        LABELS.tolist(),
+        note="π",
+        model="digits",
+        seed=3,
+        sigma=0.5,
+    )
     assert other.read_bytes() == record.read_bytes()
 
 
@@ -86,14 +109,24 @@ def test_every_flipped_byte_is_refused(record):
 
 def test_a_truncated_or_lengthened_record_is_refused(record):
     whole = record.read_bytes()
-    for damaged in [whole[:length] for length in range(0, len(whole), 13)] + [whole[:-1], whole[1:], whole + b"0", whole + whole]:
+    for damaged in [whole[:length] for length in range(0, len(whole), 13)] + [
+        whole[:-1],
+        whole[1:],
+        whole + b"0",
+        whole + whole,
+    ]:
         record.write_bytes(damaged)
         with pytest.raises(ValueError, match="damaged"):
             load_counts(record)
 
 
 @pytest.mark.parametrize(
-    ("expected", "message"), [({"sigma": 0.25}, "sigma = 0.5, not 0.25"), ({"seed": 4}, "seed = 3, not 4"), ({"n": 10}, "n = None, not 10")]
+    ("expected", "message"),
+    [
+        ({"sigma": 0.25}, "sigma = 0.5, not 0.25"),
+        ({"seed": 4}, "seed = 3, not 4"),
+        ({"n": 10}, "n = None, not 10"),
+    ],
 )
 def test_a_record_of_another_run_is_refused(record, expected, message):
     with pytest.raises(ValueError, match=message):
@@ -117,14 +150,16 @@ def test_a_killed_write_leaves_the_old_file_or_none(tmp_path, old, call):
         path.write_bytes(old)
     program = f"""
 import os, pathlib, runpy, signal
-files = runpy.run_path({str(ROOT / "lib/files.py")!r})
+files = runpy.run_path({str(ROOT / "lib/store/files.py")!r})
 def die(*arguments):
     os.kill(os.getpid(), signal.SIGKILL)
 os.fsync = die if {call!r} == "fsync" else os.fsync
 pathlib.Path.replace = die if {call!r} == "replace" else pathlib.Path.replace
 files["write_atomically"]({str(path)!r}, b"x" * 100_000)
 """
-    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+    assert (
+        subprocess.run([sys.executable, "-c", program], check=False).returncode == -signal.SIGKILL
+    )
     assert (path.read_bytes() if path.exists() else None) == old
     write_atomically(path, b"new")
     assert path.read_bytes() == b"new"
@@ -153,7 +188,13 @@ def independent_reader(path):
     return rows
 
 
-@given(st.lists(st.tuples(st.floats(0, 10), st.integers(-1, 9), st.integers(0, 9), st.floats(0, 86_000)), min_size=1, max_size=20))
+@given(
+    st.lists(
+        st.tuples(st.floats(0, 10), st.integers(-1, 9), st.integers(0, 9), st.floats(0, 86_000)),
+        min_size=1,
+        max_size=20,
+    )
+)
 def test_a_log_keeps_every_digit(rows):
     """What an independent reader reads is the same double, bit by bit; what we read too. Times keep their microseconds."""
     radius, predict, label, seconds = (np.array(column) for column in zip(*rows, strict=True))
@@ -174,14 +215,22 @@ def test_a_log_keeps_every_digit(rows):
 def test_a_log_looks_like_the_fields(tmp_path):
     write_log(tmp_path / "log", log_of([0.1 + 0.2, 0.0], predict=[3, -1], label=[3, 5]))
     lines = (tmp_path / "log").read_text().split("\n")
-    assert lines == ["\t".join(LOG_COLUMNS), "0\t3\t3\t0.30000000000000004\t1\t0:00:01.500000", "1\t5\t-1\t0.0\t0\t0:00:01.500000", ""]
+    assert lines == [
+        "\t".join(LOG_COLUMNS),
+        "0\t3\t3\t0.30000000000000004\t1\t0:00:01.500000",
+        "1\t5\t-1\t0.0\t0\t0:00:01.500000",
+        "",
+    ]
     assert str(datetime.timedelta(seconds=1.5)) in lines[1]
 
 
 @pytest.mark.parametrize("name", LOG_COLUMNS)
 def test_a_log_without_a_column_is_refused(tmp_path, name):
     log_of([0.5]).drop(columns=name).to_csv(tmp_path / "log", sep="\t", index=False)
-    with pytest.raises(ValueError, match=rf"log lacks the column\(s\) {name}: .*idx label predict radius correct time"):
+    with pytest.raises(
+        ValueError,
+        match=rf"log lacks the column\(s\) {name}: .*idx label predict radius correct time",
+    ):
         read_log(tmp_path / "log")
 
 
@@ -217,11 +266,19 @@ def test_a_malformed_line_is_refused(tmp_path, line, message):
 
 
 @pytest.mark.parametrize(
-    ("line", "correct", "time"), [("True\t14.5", 1, 14.5), ("0.0\t14", 0, 14), ("1\t0:00:14.5", 1, 14.5), ("1\t1:00:00", 1, 3600)]
+    ("line", "correct", "time"),
+    [
+        ("True\t14.5", 1, 14.5),
+        ("0.0\t14", 0, 14),
+        ("1\t0:00:14.5", 1, 14.5),
+        ("1\t1:00:00", 1, 3600),
+    ],
 )
 def test_other_spellings_of_a_log_are_read(tmp_path, line, correct, time):
     """As other scripts write them: truth as True or 1.0, time in seconds, a byte-order mark in front."""
-    (tmp_path / "log").write_bytes(("\ufeff" + "\t".join(LOG_COLUMNS) + f"\n0\t0\t0\t0.5\t{line}\n").encode())
+    (tmp_path / "log").write_bytes(
+        ("\ufeff" + "\t".join(LOG_COLUMNS) + f"\n0\t0\t0\t0.5\t{line}\n").encode()
+    )
     (row,) = read_log(tmp_path / "log").to_dict("records")
     assert (row["correct"], row["time"]) == (correct, time)
 
@@ -243,13 +300,23 @@ N, ALPHA, NOISE = 100_000, 0.001, Gaussian(0.5)
 
 def hits():
     """Counts that certify: every one near 1/2 and near n, 400 between."""
-    k = np.unique(np.concatenate([np.arange(50_492, 50_550), np.linspace(50_550, N - 100, 400).astype(int), np.arange(N - 100, N + 1)]))
+    k = np.unique(
+        np.concatenate(
+            [
+                np.arange(50_492, 50_550),
+                np.linspace(50_550, N - 100, 400).astype(int),
+                np.arange(N - 100, N + 1),
+            ]
+        )
+    )
     return k[clopper_pearson_lower(k, N, ALPHA) > 0.5]
 
 
 def test_radii_at_full_precision_give_their_counts_back():
     k = hits()
-    found = counts_from_log(log_of(NOISE.radius(clopper_pearson_lower(k, N, ALPHA))), NOISE, N, ALPHA)
+    found = counts_from_log(
+        log_of(NOISE.radius(clopper_pearson_lower(k, N, ALPHA))), NOISE, N, ALPHA
+    )
     np.testing.assert_array_equal(found.counts[:, 0], k)
     np.testing.assert_array_equal(found.counts.sum(axis=1), N)
     np.testing.assert_array_equal(found.candidates, 1)
@@ -262,24 +329,37 @@ def test_radii_at_three_digits_give_a_count_that_prints_the_same():
     printed = np.array([float(f"{r:.3}") for r in NOISE.radius(clopper_pearson_lower(k, N, ALPHA))])
     found = counts_from_log(log_of(printed), NOISE, N, ALPHA)
     taken = found.counts[:, 0]
-    again = np.array([float(f"{r:.3}") for r in NOISE.radius(clopper_pearson_lower(taken, N, ALPHA))])
+    again = np.array(
+        [float(f"{r:.3}") for r in NOISE.radius(clopper_pearson_lower(taken, N, ALPHA))]
+    )
     np.testing.assert_array_equal(again, printed)
     assert (np.abs(taken - k) < found.candidates).all()
     # How many counts share a print, one by one: where the radius is 1.x, hundreds; the largest radius, the last few.
     every = np.arange(N // 2, N + 1)
-    prints = np.array([float(f"{r:.3}") for r in NOISE.radius(clopper_pearson_lower(every, N, ALPHA))])
+    prints = np.array(
+        [float(f"{r:.3}") for r in NOISE.radius(clopper_pearson_lower(every, N, ALPHA))]
+    )
     np.testing.assert_array_equal(found.candidates, [(prints == p).sum() for p in printed])
     assert found.candidates.max() > 50
 
 
 @pytest.mark.parametrize(
     ("noise", "n", "alpha"),
-    [(Gaussian(0.25), N, ALPHA), (Gaussian(0.51), N, ALPHA), (NOISE, 10_000, ALPHA), (NOISE, 100_001, ALPHA), (NOISE, N, 0.01)],
+    [
+        (Gaussian(0.25), N, ALPHA),
+        (Gaussian(0.51), N, ALPHA),
+        (NOISE, 10_000, ALPHA),
+        (NOISE, 100_001, ALPHA),
+        (NOISE, N, 0.01),
+    ],
 )
 def test_a_wrong_n_alpha_or_sigma_is_noticed(noise, n, alpha):
     """At full precision nearly every radius fits no count of other settings."""
     log = log_of(NOISE.radius(clopper_pearson_lower(hits(), N, ALPHA)))
-    with pytest.raises(ValueError, match=rf"fits no count of n = {n} draws at alpha = {alpha} .*: state the n, alpha and sigma"):
+    with pytest.raises(
+        ValueError,
+        match=rf"fits no count of n = {n} draws at alpha = {alpha} .*: state the n, alpha and sigma",
+    ):
         counts_from_log(log, noise, n, alpha)
 
 
@@ -311,7 +391,9 @@ def test_the_published_imagenet_log_replays():
     assert len(log) == 500
     np.testing.assert_array_equal(replay.prediction, log["predict"])
     np.testing.assert_array_equal([float(f"{r:.3}") for r in replay.radius], log["radius"])
-    printed = dataclasses.replace(replay, radius=np.array([float(f"{r:.3}") for r in replay.radius]))
+    printed = dataclasses.replace(
+        replay, radius=np.array([float(f"{r:.3}") for r in replay.radius])
+    )
     assert average_certified_radius(printed, found.labels) == pytest.approx(0.8215, abs=5e-5)
     assert average_certified_radius(replay, found.labels) == pytest.approx(0.8204, abs=5e-5)
     assert replay.radius.max() == pytest.approx(1.9057, abs=5e-5)

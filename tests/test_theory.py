@@ -10,12 +10,12 @@ from scipy.special import ndtr
 from scipy.stats import binomtest, chi2_contingency
 
 from lib import Gaussian, ModelCounts, SimulatedCounts, certify, cohen_radius, li_radius
-from lib.noise import li_bound
 from lib.theory import (
     LinearClassifier,
     average_pooled,
     greatest_probability,
     least_probability,
+    li_bound,
     most_powerful,
     plane_probabilities,
     unpooled,
@@ -23,7 +23,13 @@ from lib.theory import (
 )
 
 SHAPE = (1, 4, 4)
-LIVE = {"dtype": torch.float32, "block": 400, "layout": "contiguous", "compile": False, "progress": False}
+LIVE = {
+    "dtype": torch.float32,
+    "block": 400,
+    "layout": "contiguous",
+    "compile": False,
+    "progress": False,
+}
 PAIRS = [(0.8, 0.2), (0.6, 0.1), (0.99, 0.01), (0.35, 0.3), (0.9, 1e-3)]
 
 
@@ -73,13 +79,17 @@ def test_a_threshold_on_the_likelihood_ratio_attains_the_lemma():
     mu_x, mu_y = np.array([0.4, 0.3, 0.2, 0.1]), np.array([0.1, 0.2, 0.3, 0.4])
     for t in mu_y / mu_x:
         chosen = mu_y / mu_x >= t
-        assert most_powerful(mu_x, mu_y, mu_x[chosen].sum()) == pytest.approx(mu_y[chosen].sum(), abs=1e-12)
+        assert most_powerful(mu_x, mu_y, mu_x[chosen].sum()) == pytest.approx(
+            mu_y[chosen].sum(), abs=1e-12
+        )
 
 
 def test_gaussian_lemma_is_the_limit_of_the_discrete_one():
     """On 4,001 cells of a line the discrete optimum lies below lemma 4's half-space, by less than one cell's mass."""
     edges = np.linspace(-6, 7, 4000)
-    mu_x, mu_y = (np.diff(ndtr(np.concatenate([[-np.inf], edges - m, [np.inf]]))) for m in (0.0, 1.0))
+    mu_x, mu_y = (
+        np.diff(ndtr(np.concatenate([[-np.inf], edges - m, [np.inf]]))) for m in (0.0, 1.0)
+    )
     level = np.linspace(0.01, 0.99, 99)
     discrete, exact = most_powerful(mu_x, mu_y, level), greatest_probability(level, 1.0, 1.0)
     assert (discrete <= exact + 1e-12).all()
@@ -119,7 +129,9 @@ def test_plane_probabilities_against_monte_carlo():
     labels = np.add.outer(np.arange(6), np.arange(6)) % 2
     edges = np.linspace(-1, 1, 5)
     p = plane_probabilities(labels, edges, [0.2, 1.0], [-0.3], sigma=0.7)
-    z = np.random.default_rng(0).standard_normal((2, 200_000, 2)) * 0.7 + np.array([[[0.2, -0.3]], [[1.0, -0.3]]])
+    z = np.random.default_rng(0).standard_normal((2, 200_000, 2)) * 0.7 + np.array(
+        [[[0.2, -0.3]], [[1.0, -0.3]]]
+    )
     cell = np.searchsorted(edges, z)
     found = labels[cell[..., 0], cell[..., 1]].mean(axis=1)
     np.testing.assert_allclose(found, p[1, :, 0], atol=5 * 0.5 / np.sqrt(200_000))
@@ -140,7 +152,9 @@ def test_worst_case_is_consistent_and_flips_exactly_at_the_radius(p_a, p_b):
     assert after[0] < after[1]
     inside = worst.probabilities(np.linspace(0, worst.radius * (1 - 1e-6), 200))
     assert (inside.argmax(axis=1) == 0).all()
-    np.testing.assert_allclose(worst.probabilities(np.linspace(0, 3, 50)).sum(axis=1), 1, atol=1e-12)
+    np.testing.assert_allclose(
+        worst.probabilities(np.linspace(0, 3, 50)).sum(axis=1), 1, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize(("p_a", "p_b"), [(0.8, 0.2), (0.6, 0.1)])
@@ -151,7 +165,9 @@ def test_worst_case_flips_by_monte_carlo(p_a, p_b):
     distance = worst.radius * np.array([0.0, 0.9, 1.1])
     points = x + torch.from_numpy(distance).float().view(-1, 1, 1, 1) * (u / u.norm())
     votes = ModelCounts(worst, points, Gaussian(0.3), seed=3, **LIVE).draw(20_000)
-    np.testing.assert_allclose(votes / 20_000, worst.probabilities(distance), atol=5 * 0.5 / np.sqrt(20_000))
+    np.testing.assert_allclose(
+        votes / 20_000, worst.probabilities(distance), atol=5 * 0.5 / np.sqrt(20_000)
+    )
     assert (votes.argmax(axis=1)[:2] == 0).all()
     assert votes[2, 1] > votes[2, 0]
 
@@ -162,7 +178,9 @@ def test_worst_case_is_no_worse_elsewhere():
     side = direction(9)
     side -= (side * u).sum() / (u * u).sum() * u
     worst = worst_case_classifier(x[0], u, 0.8, 0.2, sigma=0.3)
-    votes = ModelCounts(worst, x + 0.4 * side / side.norm(), Gaussian(0.3), seed=4, **LIVE).draw(20_000)
+    votes = ModelCounts(worst, x + 0.4 * side / side.norm(), Gaussian(0.3), seed=4, **LIVE).draw(
+        20_000
+    )
     assert binomtest(int(votes[0, 0]), 20_000, 0.8).pvalue > 1e-4
 
 
@@ -192,7 +210,9 @@ def test_theorem_1_certifies_a_linear_rule_to_its_margin(sigma):
     rule, x = linear(), images(200)
     near = np.abs(rule.margin(x)) < 5 * sigma
     p_a = rule.top_probability(x, sigma)[near]
-    np.testing.assert_allclose(cohen_radius(p_a, 1 - p_a, sigma), np.abs(rule.margin(x))[near], rtol=1e-8, atol=1e-14)
+    np.testing.assert_allclose(
+        cohen_radius(p_a, 1 - p_a, sigma), np.abs(rule.margin(x))[near], rtol=1e-8, atol=1e-14
+    )
     assert near.sum() > 30
 
 
@@ -212,7 +232,9 @@ def test_a_linear_rule_flips_at_its_radius():
     """Proposition 5: the nearest flip lies |margin| away, on the boundary; just before it the class is kept, just behind it is lost."""
     rule, x = linear(), images(50)
     delta = rule.nearest_flip(x) - x
-    np.testing.assert_allclose(delta.flatten(1).norm(dim=1), np.abs(rule.margin(x)), rtol=1e-4, atol=1e-6)
+    np.testing.assert_allclose(
+        delta.flatten(1).norm(dim=1), np.abs(rule.margin(x)), rtol=1e-4, atol=1e-6
+    )
     np.testing.assert_allclose(rule.margin(x + delta), 0, atol=1e-6)
     label = rule(x).argmax(dim=1)
     assert (rule(x + 0.99 * delta).argmax(dim=1) == label).all()
@@ -226,7 +248,13 @@ def test_certified_radius_of_a_linear_rule_converges_to_its_margin():
     p_a = rule.top_probability(x, 0.5)
     gap = []
     for n in (1_000, 100_000, 10_000_000):
-        found = certify(SimulatedCounts(np.stack([p_a, 1 - p_a], axis=1), seed=8), Gaussian(0.5), n0=100, n=n, alpha=0.001)
+        found = certify(
+            SimulatedCounts(np.stack([p_a, 1 - p_a], axis=1), seed=8),
+            Gaussian(0.5),
+            n0=100,
+            n=n,
+            alpha=0.001,
+        )
         gap.append(np.median(1 - found.radius / np.abs(rule.margin(x))))
     assert 7 < gap[0] / gap[1] < 14
     assert 7 < gap[1] / gap[2] < 14
@@ -248,14 +276,20 @@ def test_pooled_classifier_has_the_votes_of_the_low_resolution_one(factor):
     rule, low = linear(), images(1, seed=10)
     high = low.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     votes = ModelCounts(rule, low, Gaussian(0.3), seed=1, **LIVE).draw(20_000)[0]
-    pooled = ModelCounts(average_pooled(rule, factor), high, Gaussian(0.3 * factor), seed=2, **LIVE).draw(20_000)[0]
+    pooled = ModelCounts(
+        average_pooled(rule, factor), high, Gaussian(0.3 * factor), seed=2, **LIVE
+    ).draw(20_000)[0]
     assert chi2_contingency(np.stack([votes, pooled])).pvalue > 1e-4
     p_a = rule.top_probability(low, 0.3)
-    assert Gaussian(0.3 * factor).radius(p_a) == pytest.approx(factor * Gaussian(0.3).radius(p_a), rel=1e-14)
+    assert Gaussian(0.3 * factor).radius(p_a) == pytest.approx(
+        factor * Gaussian(0.3).radius(p_a), rel=1e-14
+    )
 
 
 def test_unpooled_images_average_back_exactly():
-    low = torch.from_numpy(np.random.default_rng(0).integers(0, 17, (5, 2, 3, 4)).astype(np.float32) / 16)
+    low = torch.from_numpy(
+        np.random.default_rng(0).integers(0, 17, (5, 2, 3, 4)).astype(np.float32) / 16
+    )
     high = unpooled(low, 4)
     assert high.shape == (5, 2, 12, 16)
     assert set(high.unique().tolist()) == {0.0, 1.0}
@@ -285,10 +319,16 @@ def test_li_exponent_by_direct_minimisation(p_a, p_b, order):
         return np.log(terms) / (order - 1)
 
     least = (
-        divergence(0.5) if rest <= 1e-12 else minimize_scalar(divergence, bounds=(1e-9, 0.5 - 1e-9), method="bounded", options={"xatol": 1e-12}).fun
+        divergence(0.5)
+        if rest <= 1e-12
+        else minimize_scalar(
+            divergence, bounds=(1e-9, 0.5 - 1e-9), method="bounded", options={"xatol": 1e-12}
+        ).fun
     )
     # Equations 35 and 36: order * radius^2 / (2 sigma^2) equals that divergence.
-    assert order * float(li_bound(p_a, p_b, order, 2.0)) ** 2 / (2 * 2.0**2) == pytest.approx(least, abs=1e-9)
+    assert order * float(li_bound(p_a, p_b, order, 2.0)) ** 2 / (2 * 2.0**2) == pytest.approx(
+        least, abs=1e-9
+    )
 
 
 def test_li_best_order_is_inside_the_range_searched():
@@ -301,7 +341,9 @@ def test_li_best_order_is_inside_the_range_searched():
             assert li_radius(p_a, p_b, 1.0) == pytest.approx(values.max(), rel=1e-5)
 
 
-@pytest.mark.parametrize("call", [lambda p: least_probability(p, 1.0, 1.0), lambda p: greatest_probability(p, 1.0, 1.0)])
+@pytest.mark.parametrize(
+    "call", [lambda p: least_probability(p, 1.0, 1.0), lambda p: greatest_probability(p, 1.0, 1.0)]
+)
 def test_probabilities_are_checked(call):
     with pytest.raises(ValueError, match="p must"):
         call(1.2)

@@ -8,10 +8,9 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from lib.checkpoints import model_hash
 from lib.data import load
 from lib.losses import GaussianLoss
-from lib.models import build
+from lib.models import build, model_hash
 from lib.noise import Gaussian
 from lib.train import crop_and_flip, fit, one_cycle
 
@@ -57,7 +56,9 @@ def test_gaussian_loss_draws_fresh_noise():
     model, x, y = network().eval(), torch.rand(5, 1, 8, 8), torch.zeros(5, dtype=torch.int64)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
-        assert GaussianLoss()(model, x, y, NOISE, generator) != GaussianLoss()(model, x, y, NOISE, generator)
+        assert GaussianLoss()(model, x, y, NOISE, generator) != GaussianLoss()(
+            model, x, y, NOISE, generator
+        )
 
 
 # ------------------------------------------------------------------ schedule and augmentation
@@ -97,7 +98,9 @@ def test_crop_and_flip_gives_a_window_of_the_reflected_image():
 
 def test_training_learns_and_says_how(digits):
     model = network()
-    history = fit(model, *digits, GaussianLoss(), Gaussian(0.1), epochs=12, lr=0.1, batch=32, progress=False)
+    history = fit(
+        model, *digits, GaussianLoss(), Gaussian(0.1), epochs=12, lr=0.1, batch=32, progress=False
+    )
     assert [h["epoch"] for h in history] == list(range(1, 13))
     assert history[-1]["loss"] < 0.3 * history[0]["loss"]
     assert not model.training
@@ -119,7 +122,14 @@ def test_the_optimizer_and_its_schedule_by_hand():
 
     model, x, y = Scaled(), torch.full((4, 1, 1, 1), 0.5), torch.tensor([0, 1, 0, 1])
     expected, velocity = np.array([1.0, -0.5]), 0.0
-    settings = {"epochs": 5, "lr": 0.3, "batch": 2, "momentum": 0.8, "weight_decay": 0.1, "progress": False}
+    settings = {
+        "epochs": 5,
+        "lr": 0.3,
+        "batch": 2,
+        "momentum": 0.8,
+        "weight_decay": 0.1,
+        "progress": False,
+    }
     fit(model, x, y, lambda model, *others: model.w.square().sum() / 2, NOISE, **settings)
     for step in range(10):
         share = (step + 0.5) / 10
@@ -143,7 +153,9 @@ def test_each_epoch_sees_every_image_once_in_an_order_of_its_own(digits):
     epochs = np.concatenate(seen).reshape(3, 320, 64)
     expected = np.unique(digits[0].reshape(320, 64).numpy(), axis=0, return_counts=True)
     for epoch in epochs:
-        for found, wanted in zip(np.unique(epoch, axis=0, return_counts=True), expected, strict=True):
+        for found, wanted in zip(
+            np.unique(epoch, axis=0, return_counts=True), expected, strict=True
+        ):
             np.testing.assert_array_equal(found, wanted)
     assert (epochs[0] != epochs[1]).any()
     assert (epochs[1] != epochs[2]).any()
@@ -172,7 +184,15 @@ def test_a_resumed_training_ends_in_the_same_weights(digits, tmp_path, average):
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        fit(stopped, *digits, GaussianLoss(), NOISE, state=tmp_path / "state", after_epoch=stop, **settings)
+        fit(
+            stopped,
+            *digits,
+            GaussianLoss(),
+            NOISE,
+            state=tmp_path / "state",
+            after_epoch=stop,
+            **settings,
+        )
     found = fit(resumed, *digits, GaussianLoss(), NOISE, state=tmp_path / "state", **settings)
     assert found == expected
     assert model_hash(resumed) == model_hash(whole)
@@ -184,7 +204,9 @@ def test_a_state_of_another_training_is_refused(digits, tmp_path):
     fit(network(), x, y, GaussianLoss(), NOISE, **given)
     others = {
         "lr": lambda: fit(network(), x, y, GaussianLoss(), NOISE, lr=0.2, **given),
-        "weight_decay": lambda: fit(network(), x, y, GaussianLoss(), NOISE, weight_decay=0.0, **given),
+        "weight_decay": lambda: fit(
+            network(), x, y, GaussianLoss(), NOISE, weight_decay=0.0, **given
+        ),
         "seed": lambda: fit(network(), x, y, GaussianLoss(), NOISE, seed=1, **given),
         "noise": lambda: fit(network(), x, y, GaussianLoss(), Gaussian(0.7), **given),
         "loss": lambda: fit(network(), x, y, GaussianLoss(0.1), NOISE, **given),
@@ -219,7 +241,17 @@ def test_averaged_weights_are_the_moving_average(digits):
     x, y = digits[0][:32], digits[1][:32]
     path, model, plain = [], network(), network()
     expected = copy.deepcopy(plain)
-    fit(plain, x, y, GaussianLoss(), NOISE, epochs=15, batch=32, progress=False, after_epoch=lambda m, h: path.append(copy.deepcopy(m.state_dict())))
+    fit(
+        plain,
+        x,
+        y,
+        GaussianLoss(),
+        NOISE,
+        epochs=15,
+        batch=32,
+        progress=False,
+        after_epoch=lambda m, h: path.append(copy.deepcopy(m.state_dict())),
+    )
     fit(model, x, y, GaussianLoss(), NOISE, epochs=15, batch=32, average=0.5, progress=False)
     mean = {k: v.clone() for k, v in expected.state_dict().items()}
     for step, weights in enumerate(path):
@@ -231,6 +263,15 @@ def test_averaged_weights_are_the_moving_average(digits):
 
 def test_training_in_bfloat16_learns_too(digits):
     model = network("small_cnn")
-    history = fit(model, *digits, GaussianLoss(), Gaussian(0.1), epochs=8, lr=0.1, dtype=torch.bfloat16, progress=False)
+    history = fit(
+        model,
+        *digits,
+        GaussianLoss(),
+        Gaussian(0.1),
+        epochs=8,
+        lr=0.1,
+        dtype=torch.bfloat16,
+        progress=False,
+    )
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert {p.dtype for p in model.parameters()} == {torch.float32}

@@ -8,13 +8,16 @@ import pytest
 import torch
 
 from lib import zoo
-from lib.checkpoints import load_checkpoint, model_hash
+from lib.models import load_checkpoint, model_hash
 
 DIGITS = [name for name, recipe in zoo.MODELS.items() if recipe.data == "digits"]
 
 
 def test_a_committed_record_is_counted_again():
-    stored, again = zoo.counts("digits-cnn-sigma0.25-n1000"), zoo.record("digits-cnn-sigma0.25-n1000")
+    stored, again = (
+        zoo.counts("digits-cnn-sigma0.25-n1000"),
+        zoo.record("digits-cnn-sigma0.25-n1000"),
+    )
     assert again.header["model_sha256"] == stored.header["model_sha256"]
     assert again.header["data_sha256"] == stored.header["data_sha256"]
     # Another type of machine rounds logits differently: of 360,000 votes one or two at a tie may then move, each counted twice here.
@@ -26,7 +29,9 @@ def test_records_belong_to_the_committed_networks(name):
     record, run = zoo.counts(name), zoo.RUNS[name]
     assert record.header["model_sha256"] == model_hash(zoo.model(run.model))
     assert (record.counts.sum(axis=1) == record.header["n"]).all()
-    assert record.header["n"] == run.n or (run.every == 20 and 1000 < record.header["n"] < run.n)  # those of CIFAR-10 may still grow
+    assert record.header["n"] == run.n or (
+        run.every == 20 and 1000 < record.header["n"] < run.n
+    )  # those of CIFAR-10 may still grow
     assert record.header["seed"] == run.seed
     assert record.index.tolist() == list(range(0, 10_000 if run.every == 20 else 360, run.every))
     if run.every == 1:
@@ -64,7 +69,10 @@ def test_a_record_of_some_images_holds_their_votes_and_labels(tmp_path):
     """Image by image what a record of all has: in the file, and live from `counts`, which stores nothing."""
     name, some = "digits-cnn-sigma0.25-n1000", np.array([7, 40, 133])
     zoo.record(name, tmp_path / "some.npz", n=200, index=some)
-    found, whole = zoo.load_counts(tmp_path / "some.npz"), zoo.counts(name, n=200, index=np.arange(134), folder=tmp_path)
+    found, whole = (
+        zoo.load_counts(tmp_path / "some.npz"),
+        zoo.counts(name, n=200, index=np.arange(134), folder=tmp_path),
+    )
     np.testing.assert_array_equal(found.counts, whole.counts[some])
     np.testing.assert_array_equal(found.labels, zoo.load("digits", "test")[1][some])
     np.testing.assert_array_equal(whole.labels, zoo.load("digits", "test")[1][:134])
@@ -93,24 +101,51 @@ def test_networks_are_chosen_on_images_that_are_never_certified(monkeypatch):
     found = zoo.noisy_accuracy(network, recipe, draws=400)
     assert asked == [(0.25, list(range(1, 360, 20)))]
     record = zoo.counts("digits-cnn-sigma0.25")
-    share = record.counts[1::20][np.arange(18), record.labels[1::20]].sum() / record.counts[1::20].sum()
+    share = (
+        record.counts[1::20][np.arange(18), record.labels[1::20]].sum() / record.counts[1::20].sum()
+    )
     assert found == pytest.approx(share, abs=4.5 * 0.5 / np.sqrt(18 * 400))
 
 
 def test_training_is_told_the_recipe(tmp_path, monkeypatch):
     told = []
-    monkeypatch.setattr(zoo, "fit", lambda network, x, y, loss, noise, *settings, **named: told.append((noise, settings, named)))
-    monkeypatch.setitem(zoo.MODELS, "x", zoo.Recipe("small_cnn", "digits", 0.3, 4, 5, 0.2, 32, True, 0.9, 1e-3, "bfloat16"))
+    monkeypatch.setattr(
+        zoo,
+        "fit",
+        lambda network, x, y, loss, noise, *settings, **named: told.append(
+            (noise, settings, named)
+        ),
+    )
+    monkeypatch.setitem(
+        zoo.MODELS,
+        "x",
+        zoo.Recipe("small_cnn", "digits", 0.3, 4, 5, 0.2, 32, True, 0.9, 1e-3, "bfloat16"),
+    )
     zoo.train("x", tmp_path / "x.safetensors", state="s")
-    named = {"weight_decay": 1e-3, "seed": 4, "augment": True, "average": 0.9, "dtype": torch.bfloat16, "state": "s"}
+    named = {
+        "weight_decay": 1e-3,
+        "seed": 4,
+        "augment": True,
+        "average": 0.9,
+        "dtype": torch.bfloat16,
+        "state": "s",
+    }
     assert told == [(zoo.Gaussian(0.3), (5, 0.2, 32), named)]
 
 
 @pytest.mark.parametrize("sigma", zoo.BEST)
 def test_the_recorded_network_is_the_best_of_its_noise_level(sigma):
-    names = [name for name, recipe in zoo.MODELS.items() if recipe.data == "cifar10" and recipe.sigma == sigma]
+    names = [
+        name
+        for name, recipe in zoo.MODELS.items()
+        if recipe.data == "cifar10" and recipe.sigma == sigma
+    ]
     paths = {name: zoo.DATA / "models" / f"{name}.safetensors" for name in names}
-    shares = {name: load_checkpoint(path)[1]["noisy_accuracy"] for name, path in paths.items() if path.exists()}
+    shares = {
+        name: load_checkpoint(path)[1]["noisy_accuracy"]
+        for name, path in paths.items()
+        if path.exists()
+    }
     assert max(shares, key=shares.get) == zoo.RUNS[f"cifar10-resnet20-sigma{sigma:.2f}"].model
 
 
@@ -129,7 +164,10 @@ def test_training_repeats_the_committed_weights_or_nearly(tmp_path):
     again, header = load_checkpoint(tmp_path / "again.safetensors")
     x, y = zoo.load("digits", "test")
     with torch.no_grad():
-        shares = [float((network(x).argmax(1) == y).float().mean()) for network in (again, zoo.model("digits-cnn-sigma0.25"))]
+        shares = [
+            float((network(x).argmax(1) == y).float().mean())
+            for network in (again, zoo.model("digits-cnn-sigma0.25"))
+        ]
     assert header["sigma"] == 0.25
     assert abs(shares[0] - shares[1]) <= 0.02
 
@@ -137,8 +175,13 @@ def test_training_repeats_the_committed_weights_or_nearly(tmp_path):
 def made_up_cifar10(path, seed=0):
     """An npz like Keras's of CIFAR-10, of 256 random training and 60 test images."""
     rng = np.random.default_rng(seed)
-    images = {name: rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8) for name, size in (("x_train", 256), ("x_test", 60))}
-    labels = {name: rng.integers(0, 10, (size, 1)) for name, size in (("y_train", 256), ("y_test", 60))}
+    images = {
+        name: rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
+        for name, size in (("x_train", 256), ("x_test", 60))
+    }
+    labels = {
+        name: rng.integers(0, 10, (size, 1)) for name, size in (("y_train", 256), ("y_test", 60))
+    }
     np.savez(path, **images, **labels)
     return path
 
@@ -164,17 +207,29 @@ def test_a_stopped_cifar_training_ends_in_the_same_weights(tmp_path, monkeypatch
 
 def test_the_cifar10_plan_trains_selects_and_records_in_a_folder(tmp_path, monkeypatch):
     """Two seeds of one noise level, one epoch of made-up images: all files appear, the better seed is recorded, other images are refused."""
-    data, out, name = made_up_cifar10(tmp_path / "data.npz"), tmp_path / "out", "cifar10-resnet20-sigma0.50"
+    data, out, name = (
+        made_up_cifar10(tmp_path / "data.npz"),
+        tmp_path / "out",
+        "cifar10-resnet20-sigma0.50",
+    )
     names = [f"{name}-seed{seed}" for seed in (0, 1)]
-    monkeypatch.setattr(zoo, "MODELS", {name: dataclasses.replace(zoo.MODELS[name], epochs=1) for name in names})
-    monkeypatch.setattr(zoo, "RUNS", {name: dataclasses.replace(zoo.RUNS[name], model=names[0], n=150)})
+    monkeypatch.setattr(
+        zoo, "MODELS", {name: dataclasses.replace(zoo.MODELS[name], epochs=1) for name in names}
+    )
+    monkeypatch.setattr(
+        zoo, "RUNS", {name: dataclasses.replace(zoo.RUNS[name], model=names[0], n=150)}
+    )
     told = []
-    monkeypatch.setattr(zoo, "noisy_accuracy", lambda network, recipe, data: told.append(recipe) or recipe.seed / 10)
+    monkeypatch.setattr(
+        zoo, "noisy_accuracy", lambda network, recipe, data: told.append(recipe) or recipe.seed / 10
+    )
     zoo.cifar10(data, out)
     assert told == list(zoo.MODELS.values())
     best = names[1]
     record = zoo.load_counts(out / f"records/{name}.npz", model=best, n=150)
-    assert record.header["model_sha256"] == model_hash(load_checkpoint(out / f"models/{best}.safetensors")[0])
+    assert record.header["model_sha256"] == model_hash(
+        load_checkpoint(out / f"models/{best}.safetensors")[0]
+    )
     assert record.index.tolist() == [0, 20, 40]
     assert not list(out.rglob("*.state"))
     # A better seed comes: its votes are counted, those of the other kept.

@@ -33,12 +33,16 @@ def count_classes(model, shape, device):
     """
     x = torch.rand(6, *shape, generator=torch.Generator().manual_seed(0)).to(device)
     x[4:] *= 0.1
-    first, again, moved = (logits_of(model, x[rows]) for rows in ([0, 1, 2, 3], [0, 1, 2, 3], [4, 0, 1, 5]))
+    first, again, moved = (
+        logits_of(model, x[rows]) for rows in ([0, 1, 2, 3], [0, 1, 2, 3], [4, 0, 1, 5])
+    )
     spread = (first - first.mean(dim=1, keepdim=True)).abs().max()
     if not spread.isfinite():  # told where it is counted
         return first.shape[1]
     if (first - again).abs().max() > SLACK * spread:
-        log.warning("model: two passes over the same images differ (dropout that stays on?): its votes will not be the same again")
+        log.warning(
+            "model: two passes over the same images differ (dropout that stays on?): its votes will not be the same again"
+        )
     elif (first[:2] - moved[1:3]).abs().max() > SLACK * spread:
         raise ValueError(
             "model must classify each image by itself: its logits change with the other images of the batch (batch norm in training mode, "
@@ -51,7 +55,9 @@ def count_classes(model, shape, device):
 def runs_in_bfloat16(model, shape, device):
     """Whether the network runs in bfloat16 (None), or the first line of torch's complaint."""
     try:
-        copy.deepcopy(model).to(torch.bfloat16)(torch.zeros(1, *shape, dtype=torch.bfloat16, device=device))
+        copy.deepcopy(model).to(torch.bfloat16)(
+            torch.zeros(1, *shape, dtype=torch.bfloat16, device=device)
+        )
     except (RuntimeError, TypeError) as error:
         return str(error).splitlines()[0]
 

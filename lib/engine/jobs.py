@@ -26,12 +26,15 @@ import torch
 from torch.distributed.rendezvous import rendezvous
 from tqdm.auto import tqdm
 
-from lib.checkpoints import model_hash
 from lib.checks import difference
 from lib.data import content_hash
-from lib.engine import BaseClassifier, ModelCounts, has_compiler
-from lib.files import write_atomically
-from lib.records import LOG_COLUMNS, load_counts, log_line, save_counts
+from lib.engine.classifier import BaseClassifier
+from lib.engine.hardware import has_compiler
+from lib.engine.live import ModelCounts
+from lib.models import model_hash
+from lib.store.files import write_atomically
+from lib.store.logs import LOG_COLUMNS, log_line
+from lib.store.records import load_counts, save_counts
 
 try:
     import fcntl
@@ -71,8 +74,19 @@ class Job:
     engine: dict
 
     def __post_init__(self):
-        known = {"model_sha256": model_hash(self.model), "data_sha256": content_hash(self.images), "noise": type(self.noise).__name__}
-        object.__setattr__(self, "settings", self.settings | known | vars(self.noise) | {"seed": self.seed, "most_draws": self.draws})
+        known = {
+            "model_sha256": model_hash(self.model),
+            "data_sha256": content_hash(self.images),
+            "noise": type(self.noise).__name__,
+        }
+        object.__setattr__(
+            self,
+            "settings",
+            self.settings
+            | known
+            | vars(self.noise)
+            | {"seed": self.seed, "most_draws": self.draws},
+        )
 
     def path(self, suffix):
         return self.out.with_name(self.out.name + suffix)
@@ -100,8 +114,12 @@ def run(job):
             group = _Group(me, processes)
             state = group.agree("prepared", lambda: _prepare(job, stack))
             if job.settings != state["settings"]:
-                raise ValueError(f"rank {me} has other settings than rank 0: {difference(state['settings'], job.settings)}")
-            torch.set_num_threads(max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", processes))))
+                raise ValueError(
+                    f"rank {me} has other settings than rank 0: {difference(state['settings'], job.settings)}"
+                )
+            torch.set_num_threads(
+                max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
+            )
             _work(job, state, job.path(f".part{me}"), range(me, len(state["todo"]), processes))
             group.arrive("certified")
             group.agree("merged", lambda: len(_merge(job, complete=True)))
@@ -156,10 +174,18 @@ def _prepare(job, stack):
         old = json.loads(file.read())
     except ValueError:
         old = None
-    found = [path for path in (job.out, job.path(".votes"), job.path(".npz"), *_parts(job)) if path.exists()]
+    found = [
+        path
+        for path in (job.out, job.path(".votes"), job.path(".npz"), *_parts(job))
+        if path.exists()
+    ]
     if old is None and found:
-        raise ValueError(f"{found[0]} exists, but not how it was made ({job.out.name}.settings.json): give another --out, or move it away")
-    if old is None or not any(len(_whole_lines(path)) > 1 for path in found if path.suffix != ".npz"):
+        raise ValueError(
+            f"{found[0]} exists, but not how it was made ({job.out.name}.settings.json): give another --out, or move it away"
+        )
+    if old is None or not any(
+        len(_whole_lines(path)) > 1 for path in found if path.suffix != ".npz"
+    ):
         # No settings, or torn ones (they are written before anything else), or those of a run that ended before its first result.
         old = {"settings": job.settings, "engine": _choose_engine(job)}
         file.truncate(0)
@@ -167,7 +193,9 @@ def _prepare(job, stack):
         file.flush()
         os.fsync(file.fileno())
     elif old["settings"] != job.settings:
-        raise ValueError(f"{job.out} was made with {difference(old['settings'], job.settings)}: use the old setting, or give another --out")
+        raise ValueError(
+            f"{job.out} was made with {difference(old['settings'], job.settings)}: use the old setting, or give another --out"
+        )
     else:
         _check_engine(job, old["engine"])
     done = _merge(job)
@@ -176,12 +204,21 @@ def _prepare(job, stack):
 
 def _check_engine(job, engine):
     """Refuse what was asked of the engine where the run has begun with something else."""
-    asked = {("compiled" if name == "compile" else name): str(value).removeprefix("torch.") for name, value in job.engine.items()}
+    asked = {
+        ("compiled" if name == "compile" else name): str(value).removeprefix("torch.")
+        for name, value in job.engine.items()
+    }
     if asked.get("compiled") == "True" and not has_compiler():
         del asked["compiled"]  # the run was told so, and is eager
     for name, value in asked.items():
-        if name in engine and value not in ("None", "auto") and str(engine[name]).split(":")[0] != value.split(":")[0]:
-            raise ValueError(f"{job.out} was made with {name} = {engine[name]}, not {value}: leave it out, or give another --out")
+        if (
+            name in engine
+            and value not in ("None", "auto")
+            and str(engine[name]).split(":")[0] != value.split(":")[0]
+        ):
+            raise ValueError(
+                f"{job.out} was made with {name} = {engine[name]}, not {value}: leave it out, or give another --out"
+            )
 
 
 def _lock(file, out):
@@ -190,7 +227,9 @@ def _lock(file, out):
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        raise ValueError(f"{out} is being written by another process: wait for it, or give another --out") from error
+        raise ValueError(
+            f"{out} is being written by another process: wait for it, or give another --out"
+        ) from error
     except OSError:
         pass  # some network file systems know no locks
 
@@ -211,7 +250,11 @@ def _shape(job):
 def _device(job, engine):
     """The device asked for by number, else under torchrun each local rank its own GPU."""
     asked = str(job.engine.get("device") or engine["device"])
-    return f"cuda:{os.environ['LOCAL_RANK']}" if asked == "cuda" and "LOCAL_RANK" in os.environ else asked
+    return (
+        f"cuda:{os.environ['LOCAL_RANK']}"
+        if asked == "cuda" and "LOCAL_RANK" in os.environ
+        else asked
+    )
 
 
 def _work(job, state, log, mine):
@@ -224,15 +267,24 @@ def _work(job, state, log, mine):
         layout=engine["layout"], compile=engine["compiled"],
     )  # fmt: skip
     if rank()[0] == 0:
-        messages.info("counting with %s", ", ".join(f"{name} {value}" for name, value in engine.items()))
+        messages.info(
+            "counting with %s", ", ".join(f"{name} {value}" for name, value in engine.items())
+        )
     if base.settings != engine:
-        raise ValueError(f"{job.out} was made with {difference(engine, base.settings)}: run it on the machine type and versions it was begun with")
+        raise ValueError(
+            f"{job.out} was made with {difference(engine, base.settings)}: run it on the machine type and versions it was begun with"
+        )
     size = 1 if job.draws >= BLOCKS * base.block else -(-BLOCKS * base.block // job.draws)
     fresh = not log.exists()
     with open(log, "a") as lines, open(log.with_name(log.name + ".votes"), "a") as votes:
         if fresh:
             _append(lines, HEADER)
-        with tqdm(total=len(mine), unit=" examples", disable=None if rank()[0] == 0 else True, smoothing=0.05) as bar:
+        with tqdm(
+            total=len(mine),
+            unit=" examples",
+            disable=None if rank()[0] == 0 else True,
+            smoothing=0.05,
+        ) as bar:
             for first in range(0, len(mine), size):
                 index = np.array([state["todo"][i] for i in mine[first : first + size]])
                 _certify_group(job, base, index, lines, votes)
@@ -242,7 +294,9 @@ def _work(job, state, log, mine):
 def _certify_group(job, base, index, lines, votes):
     start = time.perf_counter()
     labels = job.labels[index]
-    counts = ModelCounts(base, job.images[index], job.noise, index=index, seed=job.seed, progress=False)
+    counts = ModelCounts(
+        base, job.images[index], job.noise, index=index, seed=job.seed, progress=False
+    )
     found = job.sampler(counts)
     seconds = (time.perf_counter() - start) * found.n / found.n.sum()
     rows = {
@@ -251,11 +305,19 @@ def _certify_group(job, base, index, lines, votes):
     }  # fmt: skip
     # Votes first: what the log tells is never without them.
     _append(votes, _votes_lines(index, counts.votes))
-    _append(lines, "".join(log_line(dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True)))
+    _append(
+        lines,
+        "".join(
+            log_line(dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True)
+        ),
+    )
 
 
 def _votes_lines(index, votes):
-    return "".join(json.dumps([int(i), *row.tolist()], separators=(",", ":")) + "\n" for i, row in zip(index, votes, strict=True))
+    return "".join(
+        json.dumps([int(i), *row.tolist()], separators=(",", ":")) + "\n"
+        for i, row in zip(index, votes, strict=True)
+    )
 
 
 def _append(file, text):
@@ -274,7 +336,9 @@ def _read(log, votes):
     """Finished examples of a log and its votes: {index: (log line, votes line)}; those of which one of the two is missing are not finished."""
     lines = _whole_lines(log)
     if lines and lines[0] != HEADER:
-        raise ValueError(f"{log}, line 1: expected the columns {HEADER.split()}: move the file away, or give another --out")
+        raise ValueError(
+            f"{log}, line 1: expected the columns {HEADER.split()}: move the file away, or give another --out"
+        )
     logged, voted = {}, {}
     for number, line in enumerate(lines[1:], start=2):
         if not re.fullmatch(r"\d+(\t[^\t\n]+){6}\n", line):
@@ -282,12 +346,16 @@ def _read(log, votes):
         logged[int(line.split("\t")[0])] = line
     for number, line in enumerate(_whole_lines(votes), start=1):
         if not re.fullmatch(r"\[\d+(,\d+)+\]\n", line):
-            raise ValueError(f"{votes}, line {number} is damaged: delete it, and its example is done again")
+            raise ValueError(
+                f"{votes}, line {number} is damaged: delete it, and its example is done again"
+            )
         voted[json.loads(line)[0]] = line
     done = {i: (logged[i], voted[i]) for i in logged if i in voted}
     for i, (line, row) in done.items():
         if int(line.split("\t")[-1]) != sum(json.loads(row)[1:]):
-            raise ValueError(f"{log}, idx {i}: n is not the number of votes in {votes.name}: delete its line, and it is done again")
+            raise ValueError(
+                f"{log}, idx {i}: n is not the number of votes in {votes.name}: delete its line, and it is done again"
+            )
     return done
 
 
@@ -304,9 +372,13 @@ def _merge(job, complete=False):
             done |= _read(part, part.with_name(part.name + ".votes"))
     wanted = set(job.index.tolist())
     if not set(done) <= wanted:
-        raise ValueError(f"{log} holds example {min(set(done) - wanted)}, which this run does not ask for: give another --out")
+        raise ValueError(
+            f"{log} holds example {min(set(done) - wanted)}, which this run does not ask for: give another --out"
+        )
     if complete and set(done) != wanted:
-        raise ValueError(f"{log} lacks {len(wanted - set(done))} examples, the first {min(wanted - set(done))}: run the same command again")
+        raise ValueError(
+            f"{log} lacks {len(wanted - set(done))} examples, the first {min(wanted - set(done))}: run the same command again"
+        )
     _write_if_new(votes, "".join(done[i][1] for i in sorted(done)))
     _write_if_new(log, HEADER + "".join(done[i][0] for i in sorted(done)))
     for part in parts:
@@ -331,4 +403,12 @@ def _write_if_new(path, text):
 def _save_record(job, done):
     engine = json.loads(job.path(".settings.json").read_text())["engine"]
     counts = np.array([json.loads(done[int(i)][1])[1:] for i in job.index])
-    save_counts(job.path(".npz"), counts, job.index, job.labels[job.index], model=job.name, **job.settings, **engine)
+    save_counts(
+        job.path(".npz"),
+        counts,
+        job.index,
+        job.labels[job.index],
+        model=job.name,
+        **job.settings,
+        **engine,
+    )

@@ -12,7 +12,7 @@ import time
 import platformdirs
 import torch
 
-from lib.files import sha256, write_atomically
+from lib.store.files import sha256, write_atomically
 
 
 def calibrated(model, shape, device, dtype, given):
@@ -20,7 +20,10 @@ def calibrated(model, shape, device, dtype, given):
 
     Takes about a second for a ResNet-20 on one core, then cached per architecture, shape, device, dtype and torch version.
     """
-    path = pathlib.Path(platformdirs.user_cache_dir("randomized-smoothing")) / f"engine-{_key(model, shape, device, dtype, given)}.json"
+    path = (
+        pathlib.Path(platformdirs.user_cache_dir("randomized-smoothing"))
+        / f"engine-{_key(model, shape, device, dtype, given)}.json"
+    )
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError):
@@ -31,14 +34,22 @@ def calibrated(model, shape, device, dtype, given):
 
 
 def _key(model, shape, device, dtype, given):
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{platform.processor()}{torch.backends.cpu.get_cpu_capability()}"
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{platform.processor()}{torch.backends.cpu.get_cpu_capability()}"
+    )
     parts = [str(model), shape, name, str(dtype), torch.__version__, given]
     return sha256(repr(parts).encode())[:20]
 
 
 def _measure(model, shape, device, dtype, given):
     # On a CPU each core has a block of its own: it should stay in the core's cache, and of large images there must not be many.
-    sizes = [b for b in (16, 32, 64, 128, 256, 512) if b == 16 or b * math.prod(shape) <= 1 << 20] if device.type == "cpu" else [1024, 4096]
+    sizes = (
+        [b for b in (16, 32, 64, 128, 256, 512) if b == 16 or b * math.prod(shape) <= 1 << 20]
+        if device.type == "cpu"
+        else [1024, 4096]
+    )
     blocks = [int(given["block"])] if given["block"] else sizes
     layouts = [given["layout"]] if given["layout"] else ["channels_last", "contiguous"]
     choices = itertools.product(blocks, layouts)

@@ -1,0 +1,51 @@
+"""The machine: its devices, cores, precisions and compiler."""
+
+import contextlib
+import ctypes
+import os
+import shutil
+
+import torch
+
+
+def has_bfloat16(device):
+    """Whether the hardware multiplies bfloat16 natively (CUDA from compute capability 8.0, x86 with avx512_bf16)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
+
+
+def pick_device(device=None):
+    """The torch.device asked for, if it is here; by default a GPU where there is one, else the CPU."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(
+            f"device must be one that is here, such as cpu, cuda or cuda:1; got {str(device)!r}"
+        ) from error
+    return torch.device(device)
+
+
+def has_compiler():
+    """Whether there is the C++ compiler that torch.compile needs on a CPU."""
+    return shutil.which(os.environ.get("CXX", "g++")) is not None
+
+
+@contextlib.contextmanager
+def cores(number):
+    """Within it, torch computes on so many cores in this thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def keep_freed_memory():
+    """Tell glibc not to hand freed activations back to the system after each block: they are wanted again at once, and a page fault costs more."""
+    with contextlib.suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL("libc.so.6").mallopt
+        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the largest that every version admits
+        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD

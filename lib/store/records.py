@@ -1,0 +1,71 @@
+"""Records of Monte Carlo votes, and the field's tab-separated certification logs."""
+
+import dataclasses
+import io
+import json
+import zipfile
+
+import numpy as np
+
+from lib.checks import check_counts, check_labels
+from lib.store.files import read_bytes, sha256, write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """Votes of one Monte Carlo run: counts int64 [B, C], index and labels int64 [B] in the data set, header (provenance, a flat dict)."""
+
+    counts: np.ndarray
+    index: np.ndarray
+    labels: np.ndarray
+    header: dict
+
+
+def save_counts(path, counts, index, labels, **header):
+    """Write a record: an npz that np.load opens, with a JSON header and, in the archive's comment, the SHA-256 of all bytes before it.
+
+    counts: whole numbers [B, C]. index, labels: [B]. header: provenance (sigma, seed, model, dtype, ...), stored as JSON. The same content
+    gives the same bytes. Never leaves a partial file. Raises ValueError naming the argument.
+    """
+    counts = check_counts(counts)
+    small = np.int32 if counts.max() < 2**31 else np.int64
+    arrays = {
+        "counts": counts.astype(small),
+        "index": check_labels(index, len(counts), "index").astype(np.int32),
+        "labels": check_labels(labels, len(counts)).astype(np.int32),
+        "header": np.array(
+            json.dumps(header, sort_keys=True, default=lambda value: np.asarray(value).tolist())
+        ),
+    }
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    with zipfile.ZipFile(buffer, "a") as archive:
+        archive.comment = b"0" * 64
+    data = buffer.getvalue()[:-64]
+    write_atomically(path, data + sha256(data).encode())
+
+
+def load_counts(path, **expected):
+    """Read a record of `save_counts` as a Record, refusing damage: a single flipped, missing or added byte is a ValueError.
+
+    expected: header entries that must agree (load_counts(path, sigma=0.5)); a ValueError names the one that does not.
+    """
+    data = read_bytes(path, "name a record written by save_counts, or compute it (make records)")
+    if len(data) < 64 or sha256(data[:-64]).encode() != data[-64:]:
+        raise ValueError(
+            f"{path} is damaged or no record: its checksum does not match. Restore it (git checkout), or compute it again"
+        )
+    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
+        header = json.loads(str(arrays["header"]))
+        record = Record(
+            arrays["counts"].astype(np.int64),
+            arrays["index"].astype(np.int64),
+            arrays["labels"].astype(np.int64),
+            header,
+        )
+    for name, value in expected.items():
+        if header.get(name) != value:
+            raise ValueError(
+                f"{path} was recorded with {name} = {header.get(name)!r}, not {value!r}: name the right record, or record anew"
+            )
+    return record
