@@ -50,7 +50,7 @@ paper: ## every notebook at the papers' settings (a GPU; computes what is not re
 	@$(MAKE) --no-print-directory PROFILE=paper figures
 
 test: lint ## lint and the whole test suite
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 2
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2
 
 lint: $(READY) ## ruff on modules and notebooks, and no outputs in the notebooks
 	$(BIN)/ruff check .

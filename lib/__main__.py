@@ -1,6 +1,8 @@
 """The command line: python -m lib train | certify | report | info (certify also under torchrun)."""
 
+import dataclasses
 import functools
+import inspect
 import json
 import logging
 import pathlib
@@ -18,62 +20,95 @@ from tqdm.auto import tqdm
 
 import lib
 from lib import data as datasets
-from lib import losses, models, zoo
-from lib.certify import certify as certify_standard
-from lib.checks import check_draws, check_level, difference
+from lib import models, zoo
 from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
-from lib.iss import DRAWS, KINDS, certify_iss, sample_size_map
-from lib.models import load_checkpoint, model_hash, save_checkpoint
-from lib.noise import Gaussian
+from lib.losses import LOSSES
+from lib.models import load_checkpoint, model_hash
+from lib.noise import NOISES
 from lib.report import as_text, draw_curves, formatted, summarize
+from lib.samplers import SAMPLERS
 from lib.store.files import read_bytes
 from lib.store.records import load_counts
-from lib.train import fit
+from lib.store.registry import option
+from lib.train import Recipe, Schedule
+from lib.train import train as train_network
 
 app = typer.Typer(
-    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
-    help="Randomized smoothing: train a network under noise, certify it, report what was certified.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Randomized smoothing: train a network under noise, certify it, report what it certifies.",
     epilog="Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage, 130 interrupted.",
-)  # fmt: skip
-
-
-def _standard(noise, n0, n, alpha):
-    return lambda counts: certify_standard(counts, noise, n0, n, alpha)
-
-
-def _iss(noise, n0, n, alpha, decline, kind, draws):
-    sizes = sample_size_map(n, decline, kind, noise, alpha)
-    return lambda counts: certify_iss(counts, noise, n0, n, sizes, alpha, draws)
-
-
-# Sampler: (its maker, the options that it takes with their defaults).
-SAMPLERS = {
-    "certify": (_standard, {}),
-    "iss": (_iss, {"decline": 0.05, "kind": "absolute", "draws": "fresh"}),
-}
-LOSSES = {"gaussian": losses.GaussianLoss}
-
+)
 Data = Literal[*datasets.INFO]
 Architecture = Literal[*models.ARCHITECTURES]
-Dtype = Literal["auto", "float32", "bfloat16"]
-
 _options = {"debug": False}  # of the whole program
 
 DataPath = Annotated[
     pathlib.Path | None,
-    typer.Option(
-        "--data-path", help="Read the data set from this file or folder (see lib.data.load)."
-    ),
+    typer.Option("--data-path", help="Read the data set from this file or folder (lib.data.load)."),
 ]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table, for scripts.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Which examples of a data set are certified, by the conventions of Cohen et al.'s code."""
+
+    split: str = option("test", "Part of the data set.", ("train", "test"))
+    start: int = option(0, "First index in the data set.")
+    stop: int | None = option(None, "End of the indices (not included).")
+    skip: int = option(1, "Only indices that this divides: 20 takes 0, 20, 40, ...")
+    max: int | None = option(None, "Stop at this index (as stop; -1: never).")
+
+    def index(self, size):
+        """The indices of the chosen examples. Raises ValueError where there are none."""
+        if self.start < 0 or self.skip < 1:
+            raise ValueError(
+                f"start must be >= 0 and skip >= 1; got start = {self.start}, skip = {self.skip}"
+            )
+        ends = [end for end in (self.stop, self.max) if end is not None and end >= 0]
+        index = np.arange(min([size, *ends]))
+        index = index[(index >= self.start) & (index % self.skip == 0)]
+        if not len(index):
+            raise ValueError(
+                f"start = {self.start}, stop = {self.stop}, skip = {self.skip}, max = {self.max} "
+                f"leave none of the {size} examples"
+            )
+        return index
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """How the network runs (lib.engine.classifier.BaseClassifier)."""
+
+    device: str | None = option(None, "cpu, cuda, cuda:1; default a GPU where there is one.")
+    dtype: str = option("auto", "Precision certified.", ("auto", "float32", "bfloat16"))
+    block: int | None = option(None, "Images per forward pass; default: measured.")
+    layout: str | None = option(
+        None, "Memory layout; default: measured.", ("channels_last", "contiguous")
+    )
+    compile: bool | None = option(None, "Default: where the job is long enough to pay for it.")
+    tune: bool = option(True, "Measure what is fastest here (once, then cached).")
+
+    def settings(self):
+        """Arguments of BaseClassifier."""
+        return {
+            "device": self.device and pick_device(self.device),
+            "dtype": None if self.dtype == "auto" else getattr(torch, self.dtype),
+            "block": self.block,
+            "layout": self.layout,
+            "compile": "auto" if self.compile is None else self.compile,
+            "calibrate": self.tune,
+        }
 
 
 def _version(wanted: bool):
     if wanted:
-        print(
-            f"randomized-smoothing {lib.__version__}, torch {torch.__version__}, numpy {np.__version__}"
-        )
+        versions = f"torch {torch.__version__}, numpy {np.__version__}"
+        print(f"randomized-smoothing {lib.__version__}, {versions}")
         raise typer.Exit
 
 
@@ -81,16 +116,10 @@ def _version(wanted: bool):
 def _main(
     version: Annotated[
         bool,
-        typer.Option(
-            "--version", callback=_version, is_eager=True, help="Print the version and exit."
-        ),
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
     ] = False,
     debug: Annotated[
-        bool,
-        typer.Option(
-            "--debug",
-            help="Show the traceback of an error (before the command: --debug certify ...).",
-        ),
+        bool, typer.Option("--debug", help="Show an error's traceback (before the command).")
     ] = False,
 ):
     _options["debug"] = debug
@@ -98,285 +127,218 @@ def _main(
     logging.getLogger("lib").setLevel(logging.INFO)
 
 
-def command(function):
-    """A subcommand whose errors are one line and exit code 1."""
+def command(*groups):
+    """A subcommand whose errors are one line and exit code 1.
 
-    @functools.wraps(function)
-    def guarded(*args, **kwargs):
-        try:
-            return function(*args, **kwargs)
-        except (ValueError, OSError, RuntimeError) as error:
-            if _options["debug"]:
-                raise
-            me, processes = rank()
-            # lib's own errors are ValueError and OSError; torch's (out of memory, ...) go on for many lines.
-            text = (
-                f"{str(error).splitlines()[0]} (--debug shows where)"
-                if isinstance(error, RuntimeError) and str(error)
-                else error
-            )
-            print(f"error{f' (rank {me})' if processes > 1 else ''}: {text}", file=sys.stderr)
-            raise SystemExit(1) from error
-        except KeyboardInterrupt:
-            print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
-            raise SystemExit(130) from None
+    - groups: registries and dataclasses whose fields become options, passed on as keywords;
+      those not given are left out.
+    """
 
-    return app.command()(guarded)
+    def decorate(function):
+        @functools.wraps(function)
+        def guarded(*args, **kwargs):
+            try:
+                return function(*args, **_given(kwargs, groups))
+            except (ValueError, OSError, RuntimeError) as error:
+                if _options["debug"]:
+                    raise
+                _print_error(error)
+                raise SystemExit(1) from error
+            except KeyboardInterrupt:
+                print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
+                raise SystemExit(130) from None
+
+        own = [
+            p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD
+        ]
+        parameters = [*own, *(p for group in groups for p in _parameters(group))]
+        parameters = list({p.name: p for p in parameters}.values())
+        guarded.__signature__ = inspect.Signature(parameters)
+        guarded.__annotations__ = {p.name: p.annotation for p in parameters}
+        return app.command()(guarded)
+
+    return decorate
 
 
-def _load_model(spec, architecture=None, data=None):
-    """(module, header) of a checkpoint file or of a model of the zoo."""
-    if pathlib.Path(spec).is_file():
-        return load_checkpoint(spec, architecture, data)
-    if spec in zoo.MODELS:
-        return zoo.model(spec), {
-            "architecture": zoo.MODELS[spec].architecture,
-            "data": zoo.MODELS[spec].data,
-        }
-    raise FileNotFoundError(
-        f"model {spec} is neither a file nor a name of the zoo ({', '.join(zoo.MODELS)})"
+def _print_error(error):
+    me, processes = rank()
+    where = f" (rank {me})" if processes > 1 else ""
+    text = error
+    # lib's own errors are ValueError and OSError; torch's (out of memory, ...) take many lines.
+    if isinstance(error, RuntimeError) and str(error):
+        text = f"{str(error).splitlines()[0]} (--debug shows where)"
+    print(f"error{where}: {text}", file=sys.stderr)
+
+
+def _fields(group):
+    """{option: (field, names of the registered classes that have it)} of a group."""
+    classes = group.items() if isinstance(group, dict) else [("", group)]
+    fields = {}
+    for name, cls in classes:
+        for field in dataclasses.fields(cls):
+            fields.setdefault(field.name, (field, []))[1].append(name)
+    return fields
+
+
+def _parameters(group):
+    """The fields of a group as parameters of a command, all of them optional."""
+    for name, (field, owners) in _fields(group).items():
+        meta, some = field.metadata, isinstance(group, dict) and len(owners) < len(group)
+        default = field.default if field.default is not dataclasses.MISSING else None
+        text = (
+            meta.get("help", f"Of the {group.kind}.") if isinstance(group, dict) else meta["help"]
+        )
+        text = f"{', '.join(owners)}: {text}" if some else text
+        text += "" if default is None else f" [dim]default {default}[/]"
+        kind = bool if field.type is bool or field.type == bool | None else None
+        kind = kind or (Literal[*meta["choices"]] if meta.get("choices") else _plain(field.type))
+        flag = name.replace("_", "-")
+        names = [f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"]
+        names += [f"--{name.upper()}"] if name in ("n", "n0") else []
+        annotation = Annotated[kind | None, typer.Option(*names, help=text)]
+        yield inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+        )
+
+
+def _plain(annotation):
+    """The plain type of a field: float for `float | None` or `float | np.ndarray`."""
+    return next(
+        t for t in (int, float, str) if t is annotation or t in getattr(annotation, "__args__", ())
     )
 
 
-def _indices(size, start, stop, skip, most):
-    """The examples that the field's scripts would certify: every skip-th index of the data set from start to before stop and max."""
-    if start < 0 or skip < 1:
-        raise ValueError(f"start must be >= 0 and skip >= 1; got start = {start}, skip = {skip}")
-    ends = [size, *(end for end in (stop, most) if end is not None and end >= 0)]
-    index = np.arange(min(ends))
-    index = index[(index >= start) & (index % skip == 0)]
-    if not len(index):
-        raise ValueError(
-            f"start = {start}, stop = {stop}, skip = {skip}, max = {most} leave none of the {size} examples"
+def _given(kwargs, groups):
+    """The arguments of a command without the options of its groups that were not given."""
+    optional = {name for group in groups for name in _fields(group)}
+    return {k: v for k, v in kwargs.items() if v is not None or k not in optional}
+
+
+def _take(options, group, name=None):
+    """Make the member of a group that the options describe, and remove those options."""
+    own = {key: options.pop(key) for key in list(options) if key in _fields(group)}
+    if name is None:
+        return group(**own)
+    needed = [f.name for f in dataclasses.fields(group[name]) if f.default is dataclasses.MISSING]
+    if missing := [key for key in needed if key not in own]:
+        raise typer.BadParameter(f"{group.kind} {name} needs --{missing[0]}")
+    if foreign := sorted(set(own) - {f.name for f in dataclasses.fields(group[name])}):
+        raise typer.BadParameter(f"{group.kind} {name} takes no {', '.join(foreign)}")
+    return group.make(name, **own)
+
+
+def _load_model(spec, architecture=None, data=None):
+    """(module, header) of a checkpoint file or of a network of the zoo."""
+    if pathlib.Path(spec).is_file():
+        network, header = load_checkpoint(spec, architecture, data)
+    elif spec in zoo.MODELS:
+        recipe = zoo.MODELS[spec]
+        network, header = (
+            zoo.model(spec),
+            {"architecture": recipe.architecture, "data": recipe.data},
         )
-    return index
+    else:
+        names = ", ".join(zoo.MODELS)
+        raise FileNotFoundError(f"model {spec} is neither a file nor a name of the zoo ({names})")
+    if data not in (None, header["data"]):
+        raise ValueError(
+            f"data must be {header['data']}, which {spec} was trained on, or be left out; got {data}"
+        )
+    return network, header
 
 
-@command
+@command(NOISES, SAMPLERS, Examples, Engine)
 def certify(
-    model: Annotated[
-        str, typer.Argument(help="A checkpoint (ours or a published one), or a name of the zoo.")
-    ],
-    sigma: Annotated[float, typer.Option(help="Noise level, in units of pixels in [0, 1].")],
-    out: Annotated[
-        pathlib.Path, typer.Option(help="Log to write; the record goes beside it as OUT.npz.")
-    ],
+    model: Annotated[str, typer.Argument(help="A checkpoint (ours or published), or a zoo name.")],
+    out: Annotated[pathlib.Path, typer.Option(help="Log to write; the record is OUT.npz.")],
     data: Annotated[Data | None, typer.Option(help="Data set; default the model's.")] = None,
     data_path: DataPath = None,
-    split: Literal["train", "test"] = "test",
     architecture: Annotated[
         Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
     ] = None,
-    start: Annotated[int, typer.Option(help="First index in the data set.")] = 0,
-    stop: Annotated[int | None, typer.Option(help="End of the indices (not included).")] = None,
-    skip: Annotated[
-        int, typer.Option(help="Only indices that this divides: 20 takes 0, 20, 40, ...")
-    ] = 1,
-    max: Annotated[
-        int | None, typer.Option(help="Stop at this index (as stop; -1: never).")
-    ] = None,
-    n0: Annotated[int, typer.Option("--n0", "--N0", help="Draws that choose the class.")] = 100,
-    n: Annotated[
-        int,
-        typer.Option(
-            "--n", "--N", help="Draws for the bound (the most, where the sampler decides)."
-        ),
-    ] = 100_000,
-    alpha: Annotated[
-        float, typer.Option(help="Failure probability per example, one-sided.")
-    ] = 0.001,
+    noise: Annotated[Literal[*NOISES], typer.Option(help="Smoothing distribution.")] = "Gaussian",
     sampler: Literal[*SAMPLERS] = "certify",
-    decline: Annotated[
-        float | None,
-        typer.Option(help="iss: radius that may be lost, or its share. [dim]default 0.05[/]"),
-    ] = None,
-    kind: Annotated[
-        Literal[*KINDS] | None, typer.Option(help="iss: what decline is. [dim]default absolute[/]")
-    ] = None,
-    draws: Annotated[
-        Literal[*DRAWS] | None,
-        typer.Option(help="iss: of the bound; reused as published. [dim]default fresh[/]"),
-    ] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda, cuda:1; default a GPU where there is one.")
-    ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="Precision of the network that is certified.")
-    ] = "auto",
-    block: Annotated[
-        int | None, typer.Option(help="Images a forward pass. [dim]default: measured[/]")
-    ] = None,
-    layout: Annotated[
-        Literal["channels_last", "contiguous"] | None,
-        typer.Option(help="Memory layout. [dim]default: measured[/]"),
-    ] = None,
-    compile: Annotated[
-        bool | None,
-        typer.Option(
-            "--compile/--no-compile", help="Default: where the job is long enough to pay for it."
-        ),
-    ] = None,
-    calibrate: Annotated[
-        bool,
-        typer.Option(
-            "--calibrate/--no-calibrate", help="Measure what is fastest here (once, then cached)."
-        ),
-    ] = True,
     as_json: AsJson = False,
+    **options,
 ):
-    """Certify a network: the field's log, at full precision, and a record of all votes.
+    """Certify a network: a log at full precision, and a record of all votes.
 
-    Interrupted or killed, the same command continues where it stopped. Several processes: torchrun --nproc-per-node 2 -m lib certify ...
+    Interrupted or killed, the same command continues where it stopped. A finished run continues
+    with more examples (--max, --stop) or, where the draws are fixed, with more draws (--n).
+    Several processes: torchrun --nproc-per-node 2 -m lib certify ...
     """
-    check_draws(n0=n0, n=n)
-    check_level(alpha=alpha)
-    noise = Gaussian(sigma)
     network, header = _load_model(model, architecture, data)
-    name = data or header["data"]
-    images, labels = datasets.load(name, split, path=data_path)
-    index = _indices(len(images), start, stop, skip, max)
-    maker, defaults = SAMPLERS[sampler]
-    given = {
-        k: v for k, v in (("decline", decline), ("kind", kind), ("draws", draws)) if v is not None
-    }
-    if not set(given) <= set(defaults):
-        raise typer.BadParameter(
-            f"sampler {sampler} takes no {', '.join(sorted(set(given) - set(defaults)))}"
-        )
-    options = defaults | given
+    smoothing = _take(options, NOISES, noise)
+    job_sampler = _take(options, SAMPLERS, sampler)
+    examples, engine = _take(options, Examples), _take(options, Engine)
+    images, labels = datasets.load(header["data"], examples.split, path=data_path)
+    index = examples.index(len(images))
     settings = {
-        "data": name, "split": split, "start": start, "skip": skip, "stop": int(index[-1]) + 1, "sigma": sigma, "n0": n0, "n": n,
-        "alpha": alpha, "sampler": sampler, **options,
-    }  # fmt: skip
-    engine = {
-        "device": device and pick_device(device), "dtype": None if dtype == "auto" else getattr(torch, dtype), "block": block,
-        "layout": layout, "compile": "auto" if compile is None else compile, "calibrate": calibrate,
-    }  # fmt: skip
+        "data": header["data"],
+        "split": examples.split,
+        "start": examples.start,
+        "skip": examples.skip,
+    }
     job = Job(
         network,
         model,
         images,
         labels.numpy(),
         index,
-        maker(noise, n0, n, alpha, **options),
-        noise,
+        job_sampler,
+        smoothing,
         seed,
-        n0 + n,
         out,
         settings,
-        engine,
+        engine.settings(),
     )
     begin = time.perf_counter()
     done = run(job)
     if rank()[0] == 0:
         _say(
-            f"{done} examples certified in {time.perf_counter() - begin:.1f} s, {len(index) - done} were done before: {out}, record {out}.npz"
+            f"{done} examples certified in {time.perf_counter() - begin:.1f} s, "
+            f"{len(index) - done} were done before: {out}, record {out}.npz"
         )
-        _print_report(summarize([out]), as_json)
+        if job.certifies:
+            _print_report(summarize([out]), as_json)
 
 
-@command
+@command(NOISES, LOSSES, Schedule)
 def train(
-    out: Annotated[
-        pathlib.Path, typer.Option(help="Checkpoint to write (safetensors), after each epoch.")
-    ],
-    sigma: Annotated[
-        float, typer.Option(help="Noise level to train for, in units of pixels in [0, 1].")
-    ],
+    out: Annotated[pathlib.Path, typer.Option(help="Checkpoint to write after each epoch.")],
     data: Data = "digits",
     data_path: DataPath = None,
     architecture: Architecture = "small_cnn",
+    noise: Annotated[Literal[*NOISES], typer.Option(help="Smoothing distribution.")] = "Gaussian",
     loss: Literal[*LOSSES] = "gaussian",
-    epochs: int = 60,
-    lr: Annotated[float, typer.Option(help="Peak of the one-cycle schedule.")] = 0.1,
-    batch: int = 64,
-    weight_decay: float = 5e-4,
-    seed: int = 0,
-    augment: Annotated[
-        bool | None,
-        typer.Option(
-            "--augment/--no-augment", help="Random crops and flips; default: for cifar10."
-        ),
-    ] = None,
-    average: Annotated[
-        float | None,
-        typer.Option(help="Decay of an average of the weights, which then is the result."),
-    ] = None,
-    dtype: Annotated[
-        Dtype, typer.Option(help="bfloat16 trains under autocast; auto is float32.")
-    ] = "auto",
     device: Annotated[str | None, typer.Option(help="Default a GPU where there is one.")] = None,
     as_json: AsJson = False,
+    **options,
 ):
-    """Train a network under noise. Interrupted or killed, the same command continues after the last whole epoch, to the same weights."""
+    """Train a network under noise.
+
+    Interrupted or killed, the same command continues after the last whole epoch, to the same
+    weights.
+    """
     if data == "imagenet":
         raise ValueError(
-            "data must be a data set that fits into memory (imagenet does not): train with the field's scripts, certify the result here"
+            "data must be a data set that fits into memory (imagenet does not): train with the "
+            "published scripts, certify the result here"
         )
-    augment = data == "cifar10" if augment is None else augment
-    noise = Gaussian(sigma)
-    x, y = datasets.load(data, "train", path=data_path)
-    held_x, held_y = (part[:1000] for part in datasets.load(data, "test", path=data_path))
-    settings = {
-        "architecture": architecture, "data": data, "data_sha256": datasets.content_hash(x), "loss": loss, "sigma": sigma,
-        "epochs": epochs, "lr": lr, "batch": batch, "weight_decay": weight_decay, "seed": seed, "augment": augment, "average": average,
-        "dtype": dtype,
-    }  # fmt: skip
-    state = out.with_name(out.name + ".state")
-    header = load_checkpoint(out)[1] if out.exists() else None
-    if header and {name: header.get(name) for name in settings} != settings:
-        changed = difference(header, header | settings)
-        raise ValueError(
-            f"{out} was trained with {changed}: give another --out, take the old setting, or delete it (and its .state)"
-        )
-    if not header or header.get("epoch") != epochs:
-        torch.manual_seed(seed)
-        network = models.build(settings["architecture"], settings["data"])
-        begin, first = time.perf_counter(), []
-
-        def after_epoch(trained, history):
-            first.append(len(history))
-            accuracy = _noisy_accuracy(trained, held_x, held_y, noise, seed)
-            header = settings | {
-                "epoch": len(history),
-                "test_noisy_accuracy": accuracy,
-                "torch": torch.__version__,
-            }
-            save_checkpoint(out, trained, header, half=False)
-            rate = (len(history) - first[0] + 1) / (time.perf_counter() - begin)
-            _say(
-                f"epoch {len(history)}/{epochs}  loss {history[-1]['loss']:.4f}  noisy accuracy {accuracy:.3f} (test images, only watched)  "
-                f"{rate * len(x):,.0f} images/s  {(epochs - len(history)) / rate:.0f} s left"
-            )
-
-        history = fit(
-            network, x, y, LOSSES[loss](), noise, epochs, lr, batch, weight_decay=weight_decay, seed=seed, augment=augment, average=average,
-            state=state, dtype=torch.bfloat16 if dtype == "bfloat16" else torch.float32, device=pick_device(device), after_epoch=after_epoch,
-        )  # fmt: skip
-        if not first:  # killed after its last epoch, before that one's checkpoint
-            after_epoch(network, history)
-        header = load_checkpoint(out)[1]
-    state.unlink(missing_ok=True)
+    options.setdefault("augment", data == "cifar10")
+    described = NOISES.describe(_take(options, NOISES, noise))
+    trained_with = LOSSES.describe(_take(options, LOSSES, loss))
+    recipe = Recipe(architecture, data, described, trained_with, _take(options, Schedule))
+    header = train_network(recipe, out, data_path, pick_device(device), half=False, say=_say)
     print(
         json.dumps(header)
         if as_json
-        else f"{out}: noisy accuracy {header['test_noisy_accuracy']:.3f} after {header['epoch']} epochs"
+        else f"{out}: noisy accuracy {header['noisy_accuracy']:.3f} after {header['epoch']} epochs"
     )
 
 
-@torch.no_grad()
-def _noisy_accuracy(network, x, y, noise, seed):
-    """Share of images whose one noisy copy is classified right."""
-    network.eval()
-    noisy = noise.sample(x, torch.Generator().manual_seed(seed)).to(
-        next(network.parameters()).device
-    )
-    votes = torch.cat([network(part).argmax(dim=1).cpu() for part in noisy.split(250)])
-    return float((votes == y).float().mean())
-
-
-@command
+@command()
 def report(
     logs: Annotated[list[pathlib.Path], typer.Argument(help="Logs, ours or published.")],
     radii: Annotated[
@@ -438,7 +400,7 @@ def _print_report(table, as_json, style=None):
         (console if console.is_terminal else Console(width=200)).print(shown)
 
 
-@command
+@command()
 def info(
     path: Annotated[pathlib.Path, typer.Argument(help="A checkpoint, a record (.npz) or a log.")],
     architecture: Annotated[
@@ -448,36 +410,30 @@ def info(
     as_json: AsJson = False,
 ):
     """Say what a checkpoint, a record or a log holds."""
-    start = read_bytes(path, "give the path of a checkpoint, a record or a log")[:4]
-    if start == b"idx\t":
-        found = {"kind": "log"} | _rows(summarize([path]))[0]
+    start = read_bytes(path, "give the path of a checkpoint, a record or a log")[:6]
+    if start.startswith(b"idx\t") or start == b'{"run"':
+        facts = {"kind": "log"} | _rows(summarize([path]))[0]
     elif path.suffix == ".npz":
         record = load_counts(path)
-        header = {
-            "decline kind" if name == "kind" else name: value
-            for name, value in record.header.items()
-        }
-        found = {
-            "kind": "record",
-            "examples": len(record.index),
-            "classes": record.counts.shape[1],
-        } | header
-        found |= {"votes": int(record.counts.sum())}
+        size = {"examples": len(record.index), "classes": record.counts.shape[-1]}
+        facts = {"kind": "record"} | size | record.header | {"votes": int(record.counts.sum())}
     else:
         network, header = load_checkpoint(path, architecture, data)
-        found = (
-            {"kind": "checkpoint"}
-            | header
-            | {
-                "parameters": sum(p.numel() for p in network.parameters()),
-                "model_sha256": model_hash(network),
-            }
-        )
+        parameters = sum(p.numel() for p in network.parameters())
+        facts = {"kind": "checkpoint"} | header
+        facts |= {"parameters": parameters, "model_sha256": model_hash(network)}
     if as_json:
-        print(json.dumps(found))
+        print(json.dumps(facts))
     else:
-        for name, value in found.items():
-            print(f"{name:16} {value}")
+        for name, value in facts.items():
+            print(f"{name:16} {_in_words(value)}")
+
+
+def _in_words(value):
+    if not isinstance(value, dict):
+        return value
+    rest = [f"{key} {part}" for key, part in value.items() if key != "name"]
+    return ", ".join([str(value.get("name")), *rest])
 
 
 def _say(text):

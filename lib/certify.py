@@ -1,4 +1,4 @@
-"""Cohen's two procedures, PREDICT and CERTIFY, on any source of counts (Cohen et al. 2019, section 3.2)."""
+"""Cohen's two procedures, PREDICT and CERTIFY, on any source of counts (Cohen et al. 2019, 3.2)."""
 
 import dataclasses
 
@@ -15,8 +15,11 @@ ABSTAIN = -1
 class Certificates:
     """What a sampler returns for B examples.
 
-    prediction: int64 [B], the class, ABSTAIN (-1) where it abstained. radius: float64 [B] in the noise's norm, pixels in [0, 1]; 0.0 where
-    it abstained; the ball is open. p_lower: float64 [B], the bound behind the radius. n: int64 [B], draws used, selection draws included.
+    - prediction: int64 [B], the class, ABSTAIN (-1) where it abstained.
+    - radius: float64 [B] in the noise's norm, pixels in [0, 1]; 0.0 where it abstained. The ball
+      is open.
+    - p_lower: float64 [B], the bound behind the radius.
+    - n: int64 [B], draws used, selection draws included.
     """
 
     prediction: np.ndarray
@@ -29,7 +32,10 @@ class Certificates:
 
     @classmethod
     def from_bounds(cls, prediction, p_lower, noise, draws):
-        """Certificates of the classes whose probability is at least p_lower; those not above 1/2 abstain. draws: int, or int [B]."""
+        """Certificates of the classes whose probability is at least p_lower.
+
+        Those not above 1/2 abstain. draws: int, or int [B].
+        """
         certain = p_lower > 0.5
         return cls(
             prediction=np.where(certain, prediction, ABSTAIN).astype(np.int64),
@@ -39,10 +45,9 @@ class Certificates:
         )
 
     def frame(self, labels=None):
-        """A DataFrame, one row an example; with labels also `label` and `correct`."""
-        table = pd.DataFrame(
-            {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        )
+        """A DataFrame, one row per example; with labels also `label` and `correct`."""
+        fields = dataclasses.fields(self)
+        table = pd.DataFrame({field.name: getattr(self, field.name) for field in fields})
         if labels is not None:
             labels = check_labels(labels, len(self))
             table.insert(0, "label", labels)
@@ -51,19 +56,22 @@ class Certificates:
 
 
 def predict(counts, n, alpha):
-    """PREDICT: each example's class, or ABSTAIN (Cohen et al. 2019, section 3.2.1, proposition 1).
+    """PREDICT: each example's class, or ABSTAIN (Cohen et al. 2019, 3.2.1, proposition 1).
 
-    Guarantee: for each example, the probability over the draws that the returned class is not the smoothed classifier's is <= alpha.
+    Guarantee: for each example, the probability over the draws that the returned class is not the
+    smoothed classifier's is <= alpha.
 
-    counts : source of votes for B examples; n draws of each are taken.
-    alpha  : failure probability per example, in (0, 1).
+    - counts: source of votes for B examples; n draws of each are taken.
+    - alpha: failure probability per example, in (0, 1).
+
     Returns int64 [B]. Raises ValueError naming n or alpha.
     """
     check_draws(n=n)
     check_level(alpha=alpha)
     votes = counts.draw(n)
     ordered = np.sort(votes, axis=1)
-    runner_up = ordered[:, -2] if votes.shape[1] > 1 else np.zeros(len(votes), dtype=np.int64)
+    several = votes.shape[1] > 1
+    runner_up = ordered[:, -2] if several else np.zeros(len(votes), dtype=np.int64)
     certain = top_class_pvalue(ordered[:, -1], runner_up) <= alpha
     return np.where(certain, votes.argmax(axis=1), ABSTAIN)
 
@@ -74,18 +82,23 @@ def votes_for(prediction, votes):
 
 
 def certify(counts, noise, n0, n, alpha, prediction=None):
-    """CERTIFY: each example's class and a radius inside which it cannot change (Cohen et al. 2019, section 3.2.2, proposition 2).
+    """CERTIFY: each example's class and a radius inside which it cannot change.
 
-    Guarantee: for each example, with probability >= 1 - alpha over the draws, either it is abstained on or the smoothed
-    classifier returns the given class on the whole open ball of the given radius.
+    Guarantee: for each example, with probability >= 1 - alpha over the draws, either it is
+    abstained on or the smoothed classifier returns the given class on the whole open ball of
+    the given radius (Cohen et al. 2019, section 3.2.2, proposition 2).
 
-    counts : source of votes for B examples (ModelCounts, RecordedCounts or SimulatedCounts); n0 + n draws of each are taken.
-    noise  : smoothing distribution; its norm and units are the radius's (Gaussian: l2, pixels in [0, 1]). Where the counts know the one that
-             they were drawn under, it must be that. A sigma chosen for each image is held fixed over the whole ball: what is certified
-             is the classifier smoothed with that sigma, a different one for each.
-    alpha  : one-sided failure probability per example, in (0, 1).
-    prediction : int [B], classes chosen beforehand, independently of these draws (a published log's); n0 must then be 0.
-    Returns Certificates over the B examples. Raises ValueError naming noise, n0, n, alpha or prediction.
+    - counts: source of votes for B examples; n0 + n draws of each are taken.
+    - noise: smoothing distribution; its norm and units are the radius's (Gaussian: l2, pixels in
+      [0, 1]). It must be the one that the counts were drawn under, where they know it. A sigma
+      chosen for each image is held fixed over the image's ball: each certificate then speaks of
+      the classifier smoothed with that sigma.
+    - n0: draws that choose the class. n: fresh draws for the bound.
+    - alpha: one-sided failure probability per example, in (0, 1).
+    - prediction: int [B], classes chosen beforehand, independently of these draws (a published
+      log's). n0 must then be 0.
+
+    Returns Certificates of B examples. Raises ValueError naming noise, n0, n, alpha or prediction.
     """
     check_draws(n=n)
     check_level(alpha=alpha)

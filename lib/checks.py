@@ -62,6 +62,14 @@ def check_probability(p, name):
     return array
 
 
+def check_radius(radius):
+    """Radii >= 0 as float64."""
+    radius = np.asarray(radius, dtype=np.float64)
+    if not (radius >= 0).all():
+        raise ValueError(f"radius must be >= 0, in units of pixels in [0, 1]; got {radius!r}")
+    return radius
+
+
 def check_images(x, bounded=True):
     """A batch of images: float32 tensor [B, channels, height, width] with values in [0, 1], or with bounded=False any finite ones."""
     if not isinstance(x, torch.Tensor):
@@ -105,7 +113,12 @@ def check_labels(labels, size, name="labels", classes=None):
 def difference(old, new):
     """What differs first between two dicts of settings, in words: "sigma = 0.5, not 0.25"."""
     name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
-    return f"{name} = {old.get(name)!r}, not {new.get(name)!r}"
+    before, after = old.get(name), new.get(name)
+    if isinstance(before, dict) and isinstance(after, dict):
+        if before.get("name") == after.get("name"):
+            return difference(before, after)
+        before, after = before.get("name"), after.get("name")
+    return f"{name} = {before!r}, not {after!r}"
 
 
 def check_counts(counts):
@@ -120,15 +133,19 @@ def check_counts(counts):
 
 
 def check_noise(counts, noise):
-    """The noise of a certificate is the one that its votes were drawn under, where the counts know it (attribute noise)."""
+    """The noise of a certificate is the one that its votes were drawn under.
+
+    - counts: a source of votes; its attribute `noise`, where it has one, is what it was drawn under.
+    """
     own = getattr(counts, "noise", None)
-    if own is None or own is noise:
-        return
-    if type(own) is not type(noise) or not all(
-        np.array_equal(value, vars(noise).get(name)) for name, value in vars(own).items()
-    ):
+    if own is not None and own != noise:
         raise ValueError(
             f"noise must be the one that the votes were drawn under, {own}; got {noise}"
+        )
+    size = getattr(noise, "size", None)
+    if size not in (None, len(counts)):
+        raise ValueError(
+            f"noise must have one level, or {len(counts)}, one per example; got {size} of them"
         )
 
 

@@ -1,7 +1,8 @@
-"""Where votes come from: a record replayed, or a simulation of known probabilities (live networks: engine.py).
+"""Sources of votes: a live network, a record replayed, or known probabilities simulated.
 
-Every source holds B examples and answers `draw(n)` with int64 class counts [B, C] of n fresh draws of each (n: one number, or int [B];
-0 asks nothing of that example). A sampler never knows which source it has.
+Every source holds B examples, knows its number of `classes`, and answers `draw(n)` with int64 class
+counts [B, C] of n fresh draws of each example (n: one number, or int [B]; 0 asks nothing of that
+example). A sampler never knows which source it has.
 """
 
 import dataclasses
@@ -17,37 +18,56 @@ from lib.checks import (
     check_request,
     check_seed,
 )
-from lib.noise import Gaussian
+from lib.engine.live import ModelCounts
+from lib.noise import purpose_stream, restore_noise
 from lib.store.records import Record
+
+__all__ = ["LogCounts", "ModelCounts", "RecordedCounts", "SimulatedCounts", "counts_from_log"]
 
 
 class RecordedCounts:
     """Replay of a stored Monte Carlo run: exact draws WITHOUT replacement from the recorded votes.
 
-    The recorded draws of an example are exchangeable, so the first m of them are a multivariate hypergeometric draw from its class
-    counts, and the next m one from what is left: over all calls the draws add up to the record, and a sampler that asks no more than was
-    recorded is replayed exactly as if it had run live. An example's draws depend on (seed, its index) and the sizes asked, on no other.
+    The recorded draws of an example are exchangeable, so the first m of them are a multivariate
+    hypergeometric draw from its class counts, and the next m one from what is left. Over all calls
+    the draws add up to the record. A sampler that asks for no more draws than were recorded is
+    replayed exactly as if it had run live. An example's draws depend on the seed, its index and
+    the sizes asked for, and on nothing else.
 
-    counts: a lib.store.records.Record (of load_counts), with the noise that it was drawn under, or whole numbers [B, C], the votes of each class.
-    seed: of the replay. index: of each example in its data set (default the record's, or 0..B-1). `remaining` holds the votes not drawn yet.
-    The record's number of draws must not have hung on the votes: one that an adaptive sampler left is not exchangeable with a longer run.
-    Raises ValueError on a bad shape, and where a record is exhausted.
+    - counts: a lib.store.records.Record, with the noise that its votes were drawn under, or whole
+      numbers [B, C], the votes of each class.
+    - seed: of the replay.
+    - index: int [B], of each example in its data set (default the record's, or 0..B-1).
+    - fixed: the number of draws of each example was fixed before its votes were known. Only then
+      are they exchangeable with a longer run. None: true where all examples have equally many
+      votes, and where a record does not say that an adaptive sampler left it.
+
+    `remaining` holds the votes that are not drawn yet. Raises ValueError on a bad shape, where an
+    adaptive sampler left the record, where the record does not say its noise, and where it is
+    exhausted.
     """
 
-    def __init__(self, counts, seed=0, index=None):
-        self.noise = None
+    def __init__(self, counts, seed=0, index=None, fixed=None):
+        self.noise, promised = None, True
         if isinstance(counts, Record):
             index = counts.index if index is None else index
-            if "sigma" in counts.header and counts.header.get("noise", "Gaussian") == "Gaussian":
-                self.noise = Gaussian(counts.header["sigma"])
+            self.noise, promised = _noise_of(counts.header), _is_fixed(counts.header)
             counts = counts.counts
         self.remaining = counts = check_counts(counts)
+        if fixed is None:
+            totals = counts.sum(axis=1)
+            fixed = promised and (totals == totals[0]).all()
+        if not fixed:
+            raise ValueError(
+                "counts must be those of a run whose draws were fixed beforehand: an adaptive "
+                "sampler stopped these after seeing them, and a replay would not keep its alpha. "
+                "Record anew with --sampler record, or pass fixed=True where they were fixed"
+            )
         self.classes = counts.shape[1]
         check_seed(seed)
-        index = (
-            np.arange(len(counts)) if index is None else check_labels(index, len(counts), "index")
-        )
-        self._generators = [np.random.default_rng([seed, int(i)]) for i in index]
+        index = np.arange(len(counts)) if index is None else index
+        index = check_labels(index, len(counts), "index", 2**32)
+        self._generators = [purpose_stream("replay", seed, int(i)) for i in index]
 
     def __len__(self):
         return len(self.remaining)
@@ -59,8 +79,9 @@ class RecordedCounts:
         if (n > left).any():
             i = int(np.argmax(n > left))
             raise ValueError(
-                f"the record is exhausted: n = {n[i]} draws asked of example {i}, {left[i]} left of those recorded. "
-                "Replay with fewer draws, or record more of them (save_counts on a longer ModelCounts run)"
+                f"the record is exhausted: n = {n[i]} draws asked of example {i}, {left[i]} left "
+                "of those recorded. Replay with fewer draws, or record more of them "
+                "(python -m lib certify --sampler record)"
             )
         drawn = np.zeros_like(self.remaining)
         for i in np.flatnonzero(n):
@@ -71,31 +92,47 @@ class RecordedCounts:
         return drawn
 
 
-class SimulatedCounts:
-    """Multinomial draws at known class probabilities: the truth is known, so that guarantees can be audited.
+def _noise_of(header):
+    if "noise" not in header:
+        raise ValueError(
+            "counts: the record's header does not say the noise that its votes were drawn under. "
+            "Record anew, or replay its plain counts under a noise that you know"
+        )
+    return restore_noise(header["noise"])
 
-    probabilities: [B, C], rows summing to 1. seed: whole number or numpy Generator. Raises ValueError naming probabilities.
+
+def _is_fixed(header):
+    """Whether a record's header says that its draws were fixed beforehand."""
+    return header.get("fixed_draws", "sampler" not in header)
+
+
+class SimulatedCounts:
+    """Multinomial draws at known class probabilities, so that guarantees can be audited.
+
+    - probabilities: [B, C], rows summing to 1.
+    - seed: whole number, or a numpy Generator.
+
+    Raises ValueError naming probabilities or seed.
     """
 
     def __init__(self, probabilities, seed=0):
         p = np.asarray(probabilities, dtype=np.float64)
-        if (
-            p.ndim != 2
-            or p.size == 0
-            or not (p >= 0).all()
-            or not np.allclose(p.sum(axis=1), 1, atol=1e-9)
-        ):
-            got = (
-                f", least {p.min()}, sums from {p.sum(axis=-1).min()} to {p.sum(axis=-1).max()}"
-                if p.size
-                else ""
-            )
+        whole = p.ndim == 2 and p.size > 0 and (p >= 0).all()
+        if not whole or not np.allclose(p.sum(axis=1), 1, atol=1e-9):
+            got = ""
+            if p.size:
+                sums = p.sum(axis=-1)
+                got = f", least {p.min()}, sums from {sums.min()} to {sums.max()}"
             raise ValueError(
-                f"probabilities must have shape [B, C], be >= 0 and sum to 1 in each row; got shape {p.shape}{got}"
+                "probabilities must have shape [B, C], be >= 0 and sum to 1 in each row; "
+                f"got shape {p.shape}{got}"
             )
         self.probabilities = p / p.sum(axis=1, keepdims=True)
         self.classes = p.shape[1]
-        self._generator = np.random.default_rng(seed)
+        if not isinstance(seed, np.random.Generator):
+            check_seed(seed)
+            seed = purpose_stream("simulation", seed)
+        self._generator = seed
 
     def __len__(self):
         return len(self.probabilities)

@@ -1,8 +1,17 @@
-"""Smoothing distributions and the radius that each certifies, and Cohen's l2 bound beside its two forerunners.
+"""Smoothing distributions as data: what is drawn, the radius it certifies, how files name it.
 
-A distribution of your own needs `norm`, and of `Gaussian` below: `radius(p_lower)`; `probability(radius)` for the ISS map; `select(index)`, itself
-where all examples share it; `sample(x, generator)`, whose randomness comes from `generator` alone (as for `standard_normal`: counts
-would not repeat otherwise).
+A distribution of your own is one registered class, which then has streams, records and the
+command line:
+
+    @register("Laplace")
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Laplace(Noise):
+        scale: float
+        norm = "l1"
+
+        def sample(self, x, generator): ...
+        def radius(self, p_lower): ...
+        def probability(self, radius): ...
 """
 
 import dataclasses
@@ -11,34 +20,122 @@ import numpy as np
 import torch
 from scipy.special import ndtr, ndtri
 
-from lib.checks import check_probability, check_sigma
+from lib.checks import check_probability, check_radius, check_sigma
+from lib.store.registry import Registry
+
+CHUNK = 100  # draws that share one random stream: part of the definition of the noise
+# Streams of other purposes than noise end in one of these words, so that none of them is a stream
+# of noise or of another purpose, whatever the seeds are. Noise ends in none.
+PURPOSES = {"replay": 1, "simulation": 2}
+
+NOISES = Registry("noise")
+register = NOISES.register
+
+
+class Noise:
+    """Base of the smoothing distributions: frozen dataclasses of numbers, or arrays per example.
+
+    A distribution states its law once, by
+    - norm: of its radius, such as "l2";
+    - sample(x, generator): noisy images, whose randomness comes from `generator` alone
+      (`standard_normal` and `standard_uniform` draw from any kind of generator);
+    - radius(p_lower): what a lower bound of the top class's probability certifies, 0 below 1/2;
+    - probability(radius): its inverse.
+    Each field is one number, or a float64 array [B] with one value per example.
+    """
+
+    norm = None
+
+    def describe(self):
+        """The distribution as data, {"name": ..., its fields}; `restore_noise` is the inverse."""
+        return NOISES.describe(self)
+
+    @property
+    def size(self):
+        """Number of examples that have a value of their own; None where all share one."""
+        sizes = {len(value) for value in vars(self).values() if np.ndim(value)}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"noise: its arrays differ in length, {sorted(sizes)}: one per example"
+            )
+        return sizes.pop() if sizes else None
+
+    def select(self, index):
+        """The noise of the chosen examples: itself where all examples share it."""
+        if self.size is None:
+            return self
+        chosen = {name: v[index] for name, v in vars(self).items() if np.ndim(v)}
+        return dataclasses.replace(self, **chosen)
+
+    def __eq__(self, other):
+        if type(other) is not type(self):
+            return NotImplemented
+        mine, others = vars(self), vars(other)
+        return all(np.array_equal(value, others[name]) for name, value in mine.items())
+
+    def __hash__(self):
+        return hash(repr(self.describe()))
+
+
+def restore_noise(description):
+    """The distribution that `describe` described. Raises ValueError where it is unknown."""
+    return NOISES.restore(description)
+
+
+def _draw(like, generator, numpy_draw, torch_draw):
+    if isinstance(generator, list):
+        parts = like.chunk(len(generator))
+        drawn = [_draw(p, g, numpy_draw, torch_draw) for p, g in zip(parts, generator, strict=True)]
+        return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
+    if isinstance(generator, np.random.Generator):
+        return torch.from_numpy(numpy_draw(generator, tuple(like.shape)))
+    return torch_draw(like.shape, generator=generator, device=like.device)
 
 
 def standard_normal(like, generator):
     """Independent N(0, 1) draws of the shape and device of `like`, in float32.
 
-    generator: torch.Generator on that device, or a numpy Generator (CPU only), whose seed has more than torch's 32 bits on the CPU;
-    a list of them draws equal parts of the rows in turn.
+    - generator: torch.Generator on that device, or a numpy Generator (CPU only; its seed has more
+      than torch's 32 bits on the CPU), or a list of these, which draw equal parts of the rows.
     """
-    if isinstance(generator, list):
-        parts = [
-            standard_normal(part, g)
-            for part, g in zip(like.chunk(len(generator)), generator, strict=True)
-        ]
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
-    if isinstance(generator, np.random.Generator):
-        return torch.from_numpy(generator.standard_normal(tuple(like.shape), dtype=np.float32))
-    return torch.randn(like.shape, generator=generator, device=like.device)
+    return _draw(
+        like, generator, lambda g, shape: g.standard_normal(shape, dtype=np.float32), torch.randn
+    )
 
 
-CHUNK = 100  # draws that share one random stream: part of the definition of the noise
+def standard_uniform(like, generator):
+    """Independent draws from [0, 1), in float32; arguments as for `standard_normal`."""
+    return _draw(like, generator, lambda g, shape: g.random(shape, dtype=np.float32), torch.rand)
 
 
-@dataclasses.dataclass(frozen=True)
-class Gaussian:
+def float32_below(value):
+    """The largest float32 number that is at most `value`, as float64.
+
+    Noise is drawn in float32; its level is rounded down, so that one number is both the level of
+    the noise and the level in the radius, and no radius exceeds that of the level stated.
+    """
+    value = np.asarray(value, dtype=np.float64)
+    near = value.astype(np.float32)
+    below = np.where(near > value, np.nextafter(near, np.float32(0)), near)
+    return below.astype(np.float64)[()]
+
+
+def per_image(value, x):
+    """A number, or one per example as a float32 tensor [B, 1, ...] on the device of images x."""
+    if np.ndim(value) == 0:
+        return float(value)
+    column = torch.as_tensor(value, dtype=torch.float32, device=x.device)
+    return column.reshape(-1, *[1] * (x.ndim - 1))
+
+
+@register("Gaussian")
+@dataclasses.dataclass(frozen=True, eq=False)
+class Gaussian(Noise):
     """Isotropic Gaussian noise N(0, sigma^2 I), certified in l2 (Cohen et al. 2019).
 
-    sigma: noise level in units of pixels in [0, 1]: a scalar, or an array with one value per example. Raises ValueError naming sigma.
+    - sigma: noise level in units of pixels in [0, 1]: a scalar, or [B], one value per example.
+
+    Raises ValueError naming sigma.
     """
 
     sigma: float | np.ndarray
@@ -47,38 +144,50 @@ class Gaussian:
     def __post_init__(self):
         object.__setattr__(self, "sigma", check_sigma(self.sigma))
 
-    def select(self, index):
-        """The noise of the chosen examples: itself where sigma is a scalar."""
-        return self if np.isscalar(self.sigma) else Gaussian(self.sigma[index])
+    @property
+    def level(self):
+        """The sigma that noise and radii use: `sigma` rounded down to float32."""
+        return float32_below(self.sigma)
 
     def sample(self, x, generator):
-        """Noisy images x + eps, [B, ...] float32, drawn and added in float32 (x: float32 tensor, pixels in [0, 1])."""
-        sigma = self.sigma
-        if not np.isscalar(sigma):
-            sigma = torch.as_tensor(sigma, dtype=torch.float32, device=x.device).reshape(
-                -1, *[1] * (x.ndim - 1)
-            )
-        return standard_normal(x, generator).mul_(sigma).add_(x)
+        """Noisy images x + eps, [B, ...] float32, drawn and added in float32.
+
+        - x: float32 tensor, pixels in [0, 1].
+        """
+        return standard_normal(x, generator).mul_(per_image(self.level, x)).add_(x)
 
     def radius(self, p_lower):
-        """Certified l2 radius sigma * Phi^-1(p_lower), 0 where p_lower <= 1/2 (Cohen et al. 2019, theorem 1 with p_B = 1 - p_A)."""
-        return np.maximum(0.0, self.sigma * ndtri(check_probability(p_lower, "p_lower")))[()]
+        """Certified l2 radius sigma * Phi^-1(p_lower), 0 where p_lower <= 1/2.
+
+        Cohen et al. 2019, theorem 1 with p_B = 1 - p_A.
+        """
+        return np.maximum(0.0, self.level * ndtri(check_probability(p_lower, "p_lower")))[()]
 
     def probability(self, radius):
-        """The top-class probability Phi(radius / sigma) that certifies `radius`: the inverse of `radius`."""
-        radius = np.asarray(radius, dtype=np.float64)
-        if not (radius >= 0).all():
-            raise ValueError(f"radius must be >= 0, in units of pixels in [0, 1]; got {radius!r}")
-        return ndtr(radius / self.sigma)[()]
+        """The top-class probability Phi(radius / sigma) that certifies `radius`."""
+        return ndtr(check_radius(radius) / self.level)[()]
 
 
 def noise_stream(seed, index, chunk, device):
-    """The generator of the draws CHUNK * chunk, ... of one example: a function of its arguments alone.
+    """The generator of the draws CHUNK * chunk, ... of one example: a function of its arguments.
 
-    On the CPU numpy's SFC64, seeded with all bits: torch's CPU generator keeps 32 bits of its seed, so that among a million streams
-    about a hundred pairs would be the same noise. On a GPU torch's Philox with a 63-bit seed.
+    On the CPU numpy's SFC64, seeded with all bits: torch's CPU generator keeps 32 bits of its seed,
+    so that among a million streams about a hundred pairs would be the same noise. On a GPU torch's
+    Philox with a 63-bit seed. Raises ValueError where seed or index need more than 32 bits: two
+    streams could then be the same.
     """
+    if not (0 <= seed < 2**32 and 0 <= index < 2**32):
+        raise ValueError(f"seed and index must lie in [0, 2^32); got {seed} and {index}")
     state = np.random.SeedSequence([seed, index, chunk])
     if device.type == "cpu":
         return np.random.Generator(np.random.SFC64(state))
     return torch.Generator(device).manual_seed(int(state.generate_state(1, np.uint64)[0] >> 1))
+
+
+def purpose_stream(purpose, *words):
+    """A numpy Generator that shares no stream with noise or with another purpose.
+
+    - purpose: one of PURPOSES. words: whole numbers in [0, 2^32) that name the stream.
+    """
+    state = np.random.SeedSequence(words, spawn_key=(PURPOSES[purpose],))
+    return np.random.default_rng(state)

@@ -1,27 +1,95 @@
-"""One training loop for every loss: SGD with Nesterov momentum under a one-cycle schedule, stopped and resumed at any epoch."""
+"""One training loop for every loss, and one resumable driver for the zoo and the command line.
+
+SGD with Nesterov momentum under a one-cycle schedule, stopped and resumed at any epoch.
+"""
 
 import copy
 import dataclasses
 import io
 import pathlib
+import time
 
 import numpy as np
+import pandas as pd
 import torch
 from tqdm.auto import tqdm
 
-from lib.checks import check_choice, check_draws, check_images, check_labels, check_seed, difference
+from lib.checks import (
+    check_choice,
+    check_draws,
+    check_images,
+    check_labels,
+    check_seed,
+    difference,
+)
+from lib.data import content_hash, load
 from lib.engine.admission import logits_of
+from lib.engine.classifier import BaseClassifier
+from lib.engine.hardware import cores, pick_device
+from lib.engine.live import ModelCounts
+from lib.losses import LOSSES
+from lib.models import build, load_checkpoint, save_checkpoint
+from lib.noise import restore_noise
 from lib.store.files import sha256, write_atomically
+from lib.store.registry import option
+
+DTYPES = ("float32", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """How a network is trained, whatever its loss: `fit`'s options, and the command line's.
+
+    Raises ValueError naming the argument.
+    """
+
+    epochs: int = option(60, "Passes over the data.")
+    lr: float = option(0.1, "Peak of the one-cycle learning rate.")
+    batch: int = option(64, "Images per step.")
+    momentum: float = option(0.9, "Nesterov momentum.")
+    weight_decay: float = option(5e-4, "Weight decay.")
+    seed: int = option(0, "Of the initial weights, the order of the images and the noise.")
+    augment: bool = option(False, "Random 4-pixel crops and horizontal flips.")
+    average: float | None = option(None, "Decay of an average of the weights: the result then.")
+    dtype: str = option("float32", "bfloat16 trains under autocast.", DTYPES)
+
+    def __post_init__(self):
+        check_draws(epochs=self.epochs, batch=self.batch)
+        check_seed(self.seed)
+        check_choice(DTYPES, dtype=self.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Recipe:
+    """A trained network as data: all that determines its weights.
+
+    - architecture, data: see lib.models.build and lib.data.load.
+    - noise: description of the smoothing distribution trained for (lib.noise).
+    - loss: description of the training loss (lib.losses).
+    - threads: of torch; split sums round differently, so another number gives other weights.
+    """
+
+    architecture: str
+    data: str
+    noise: dict
+    loss: dict = dataclasses.field(default_factory=lambda: {"name": "gaussian"})
+    schedule: Schedule = dataclasses.field(default_factory=Schedule)
+    threads: int | None = None
+
+    def header(self):
+        """The recipe as a flat dict of plain values, for a checkpoint."""
+        parts = dataclasses.asdict(self)
+        return parts | parts.pop("schedule") if "schedule" in parts else parts
 
 
 def one_cycle(step, steps, peak, warm=0.2):
-    """Learning rate at a step: linear from 0 to `peak` over the first share `warm` of the steps, linear back to 0."""
-    share = (step + 0.5) / steps
-    return peak * min(share / warm, (1 - share) / (1 - warm))
+    """Learning rate at a step: linear from 0 to `peak` over the first `warm` of the steps, then back."""
+    done = (step + 0.5) / steps
+    return peak * min(done / warm, (1 - done) / (1 - warm))
 
 
 def crop_and_flip(x, generator, pad=4):
-    """Random crop after reflection padding by `pad` pixels, and random horizontal flip, of float images [B, C, H, W]."""
+    """Random crops, after reflection padding by `pad` pixels, and flips of images [B, C, H, W]."""
     size, (height, width) = len(x), x.shape[2:]
     padded = torch.nn.functional.pad(x, (pad, pad, pad, pad), mode="reflect")
     top, left = torch.randint(0, 2 * pad + 1, (2, size), generator=generator)
@@ -38,92 +106,167 @@ def crop_and_flip(x, generator, pad=4):
 
 
 def fit(
-    model, x, y, loss, noise, epochs, lr=0.1, batch=64, momentum=0.9, weight_decay=5e-4, seed=0,
-    augment=False, average=None, dtype=torch.float32, device=None, state=None, progress=None, after_epoch=None,
-):  # fmt: skip
-    """Train `model` in place on clean images; returns the history, one dict an epoch (epoch, loss, lr). Same arguments, same weights.
+    model, x, y, loss, noise, schedule, device=None, state=None, progress=None, after_epoch=None
+):
+    """Train `model` in place on clean images; the same arguments give the same weights.
 
-    x, y     : float32 images [N, channels, height, width] in [0, 1], int64 labels [N]; on any device.
-    loss     : lib.losses object, called as loss(model, x, y, noise, generator). noise: the smoothing distribution trained for.
-    epochs   : passes over the data under one one-cycle schedule of peak rate `lr`; SGD, Nesterov `momentum`, `weight_decay`, `batch` images.
-    augment  : random 4-pixel crops and flips. average: decay of an exponential moving average of the weights, which then is the result.
-    dtype    : torch.bfloat16 trains under autocast, channels-last. device: default the model's.
-    state    : path of a state file written after each epoch; where it exists, training resumes from it and ends in the same weights. A
-               state of other images or arguments is refused.
-    after_epoch : called with (model, history) after each epoch. progress: True, False, None (bar on more than a few seconds).
-    Raises ValueError naming the argument.
+    - model: nn.Module, logits from images in [0, 1].
+    - x, y: float32 images [N, channels, height, width] in [0, 1], int64 labels [N].
+    - loss: of lib.losses, called as loss(model, x, y, noise, generator). Where it has a method
+      `at(progress)`, that is the loss of an epoch that ends at this fraction of the training.
+    - noise: the smoothing distribution trained for, of one level or one per image.
+    - schedule: a Schedule.
+    - device: default the model's.
+    - state: path of a state file written after each epoch. Where it exists, training resumes from
+      it and ends in the same weights. A state of other images or arguments is refused.
+    - progress: True, False, or None (a bar on more than a few seconds).
+    - after_epoch: called with (model, history) after each epoch.
+
+    Returns the history, one dict per epoch (epoch, loss, lr). Raises ValueError naming the argument.
     """
     check_images(x)
-    check_draws(epochs=epochs, batch=batch)
-    check_seed(seed)
-    check_choice((torch.float32, torch.bfloat16), dtype=dtype)
-    settings = {
-        "model": f"{type(model).__name__} of {sum(p.numel() for p in model.parameters()):,} parameters",
-        "images": sha256(x.cpu().numpy().tobytes()) if state else "", "labels": sha256(np.asarray(torch.as_tensor(y).cpu()).tobytes()),
-        "loss": loss if dataclasses.is_dataclass(loss) else getattr(loss, "__qualname__", f"{type(loss).__name__} {getattr(loss, '__dict__', '')}"),
-        "noise": noise, "epochs": epochs, "lr": lr, "batch": batch, "momentum": momentum, "weight_decay": weight_decay, "seed": seed,
-        "augment": augment, "average": average, "dtype": dtype,
-    }  # fmt: skip
-    settings = {name: str(value) for name, value in settings.items()}
+    if noise.size not in (None, len(x)):
+        raise ValueError(f"noise must have one level, or {len(x)}, one per image; got {noise.size}")
+    settings = _settings(model, x, y, loss, noise, schedule, state)
     device = torch.device(device) if device else next(model.parameters()).device
     model.to(device).to(memory_format=torch.channels_last)
     with torch.no_grad():
         classes = logits_of(model.eval(), x[:1].to(device)).shape[1]
     y = torch.from_numpy(check_labels(torch.as_tensor(y).cpu(), len(x), "y", classes))
-    averaged = copy.deepcopy(model) if average else None
-    optimizer = torch.optim.SGD(
-        model.parameters(), lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=True
-    )
-    history = _resume(state, settings, model, averaged, optimizer, device)
-    steps = max(1, len(x) // batch)
+    loop = _Loop(model, loss, noise, schedule, device)
+    history = loop.resume(state, settings)
+    steps = max(1, len(x) // schedule.batch)
+    silent = progress is False
     with tqdm(
-        total=epochs * steps,
+        total=schedule.epochs * steps,
         initial=len(history) * steps,
         unit=" steps",
         delay=3,
-        disable=progress is False,
+        disable=silent,
     ) as bar:
-        for epoch in range(len(history), epochs):
-            generator, order = _epoch_random(seed, epoch, len(x), device)
-            model.train()
-            total = 0.0
-            for step in range(steps):
-                rate = one_cycle(epoch * steps + step, epochs * steps, lr)
-                for group in optimizer.param_groups:
-                    group["lr"] = rate
-                rows = order[step * batch : (step + 1) * batch]
-                images, labels = x[rows], y[rows].to(device)
-                if augment:
-                    images = crop_and_flip(images, generator["cpu"])
-                images = images.to(device).to(memory_format=torch.channels_last)
-                with torch.autocast(
-                    device.type, dtype=torch.bfloat16, enabled=dtype == torch.bfloat16
-                ):
-                    value = loss(model, images, labels, noise, generator["noise"])
-                optimizer.zero_grad(set_to_none=True)
-                value.backward()
-                optimizer.step()
-                if averaged is not None:
-                    _average(averaged, model, average, epoch * steps + step)
-                total += float(value.detach())
-                bar.update()
+        for epoch in range(len(history), schedule.epochs):
+            total, rate = loop.epoch(x, y, epoch, steps, bar)
             if not np.isfinite(total):
                 raise ValueError(
-                    f"training diverged in epoch {epoch + 1} (loss {total / steps}): take a lower lr than {lr}"
+                    f"training diverged in epoch {epoch + 1} (loss {total / steps}): take a lower "
+                    f"lr than {schedule.lr}"
                 )
             history.append({"epoch": epoch + 1, "loss": total / steps, "lr": rate})
             bar.set_postfix(loss=f"{total / steps:.3f}", refresh=False)
-            _save(state, settings, model, averaged, optimizer, history)
+            loop.save(state, settings, history)
             if after_epoch:
-                after_epoch(averaged or model, history)
-    if averaged is not None:
-        model.load_state_dict(averaged.state_dict())
+                after_epoch(loop.averaged or model, history)
+    if loop.averaged is not None:
+        model.load_state_dict(loop.averaged.state_dict())
     model.eval()
     return history
 
 
+def _settings(model, x, y, loss, noise, schedule, state):
+    """What a state file must agree with, as text."""
+    fields = getattr(loss, "__dict__", "")
+    named = getattr(loss, "__qualname__", f"{type(loss).__name__} {fields}")
+    parameters = sum(p.numel() for p in model.parameters())
+    labels = np.asarray(torch.as_tensor(y).cpu())
+    settings = {
+        "model": f"{type(model).__name__} of {parameters:,} parameters",
+        "images": sha256(x.cpu().numpy().tobytes()) if state else "",
+        "labels": sha256(labels.tobytes()),
+        "loss": loss if dataclasses.is_dataclass(loss) else named,
+        "noise": noise,
+    } | dataclasses.asdict(schedule)
+    return {name: str(value) for name, value in settings.items()}
+
+
+class _Loop:
+    """Model, average and optimiser of one training."""
+
+    def __init__(self, model, loss, noise, schedule, device):
+        self.model, self.loss, self.noise = model, loss, noise
+        self.schedule, self.device = schedule, device
+        self.averaged = copy.deepcopy(model) if schedule.average else None
+        self.optimizer = torch.optim.SGD(
+            model.parameters(),
+            lr=schedule.lr,
+            momentum=schedule.momentum,
+            weight_decay=schedule.weight_decay,
+            nesterov=True,
+        )
+
+    def epoch(self, x, y, epoch, steps, bar):
+        """One pass over the data: (sum of the losses, last learning rate)."""
+        schedule, total = self.schedule, 0.0
+        generator, order = _epoch_random(schedule.seed, epoch, len(x), self.device)
+        loss = self.loss
+        if hasattr(loss, "at"):
+            loss = loss.at((epoch + 1) / schedule.epochs)
+        self.model.train()
+        for step in range(steps):
+            done = epoch * steps + step
+            rate = one_cycle(done, schedule.epochs * steps, schedule.lr)
+            for group in self.optimizer.param_groups:
+                group["lr"] = rate
+            rows = order[step * schedule.batch : (step + 1) * schedule.batch]
+            images = x[rows]
+            if schedule.augment:
+                images = crop_and_flip(images, generator["cpu"])
+            total += self._step(loss, images, y[rows], self.noise.select(rows), generator["noise"])
+            if self.averaged is not None:
+                _average(self.averaged, self.model, schedule.average, done)
+            bar.update()
+        return total, rate
+
+    def _step(self, loss, images, labels, noise, generator):
+        images = images.to(self.device).to(memory_format=torch.channels_last)
+        reduced = self.schedule.dtype == "bfloat16"
+        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=reduced):
+            value = loss(self.model, images, labels.to(self.device), noise, generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        value.backward()
+        self.optimizer.step()
+        return float(value.detach())
+
+    def save(self, path, settings, history):
+        """Write the state file, whole or not at all; nothing without a path."""
+        if path is None:
+            return
+        parts = {
+            "settings": settings,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "history": history,
+        }
+        if self.averaged is not None:
+            parts["averaged"] = self.averaged.state_dict()
+        buffer = io.BytesIO()
+        torch.save(parts, buffer)
+        write_atomically(path, buffer.getvalue())
+
+    def resume(self, path, settings):
+        """History of the state file, its weights loaded; [] where there is none.
+
+        Raises ValueError where it is of another training.
+        """
+        if path is None or not pathlib.Path(path).exists():
+            return []
+        parts = torch.load(path, map_location=self.device, weights_only=True)
+        if (old := parts.get("settings", {})) != settings:
+            raise ValueError(
+                f"{path} is of a training with {difference(old, settings)}: continue that one, or "
+                "delete the file"
+            )
+        self.model.load_state_dict(parts["model"])
+        self.optimizer.load_state_dict(parts["optimizer"])
+        if self.averaged is not None:
+            self.averaged.load_state_dict(parts["averaged"])
+        return parts["history"]
+
+
 def _epoch_random(seed, epoch, size, device):
-    """Generators and order of one epoch: functions of (seed, epoch), so that a resumed run continues exactly."""
+    """Generators and order of one epoch: functions of (seed, epoch), so that runs resume exactly.
+
+    Torch's 32-bit generators: they share no stream with noise, which has others (lib.noise).
+    """
     a, b = (int(v) for v in np.random.SeedSequence([seed, epoch]).generate_state(2))
     generator = {
         "cpu": torch.Generator().manual_seed(a),
@@ -143,31 +286,98 @@ def _average(averaged, model, decay, step):
             a.copy_(b)
 
 
-def _save(path, settings, model, averaged, optimizer, history):
-    if path is None:
-        return
-    buffer = io.BytesIO()
-    parts = {
-        "settings": settings,
-        "model": model.state_dict(),
-        "optimizer": optimizer.state_dict(),
-        "history": history,
-    }
-    torch.save(parts | ({"averaged": averaged.state_dict()} if averaged else {}), buffer)
-    write_atomically(path, buffer.getvalue())
+def noisy_accuracy(model, noise, x, y, dtype="float32", draws=20):
+    """Fraction of votes for the right class on the test images 1, 21, 41, ...
+
+    Networks are watched and chosen by it; images certified at a stride of 20 are never among them.
+
+    - model: nn.Module. noise: the smoothing distribution. x, y: the test images and labels.
+    - dtype: precision of the votes. draws: of each image.
+    """
+    index = np.arange(1, len(x), 20)
+    shape = x.shape[1:]
+    base = BaseClassifier(
+        model,
+        shape,
+        device=next(model.parameters()).device,
+        dtype=getattr(torch, dtype),
+        block=250,
+        layout="channels_last",
+        compile=False,
+    )
+    votes = ModelCounts(base, x[index], noise, index=index, progress=False).draw(draws)
+    return float(votes[np.arange(len(index)), np.asarray(y)[index]].sum() / votes.sum())
 
 
-def _resume(path, settings, model, averaged, optimizer, device):
-    """History of the state file, its weights loaded; [] where there is none. ValueError where it is of another training."""
-    if path is None or not pathlib.Path(path).exists():
-        return []
-    parts = torch.load(path, map_location=device, weights_only=True)
-    if (old := parts.get("settings", {})) != settings:
+def train(recipe, path, data_path=None, device=None, half=True, say=None):
+    """Train a network after a recipe and store it: stopped at any moment, it resumes.
+
+    PATH gets the weights after each epoch, PATH.csv a line per epoch, PATH.state what resuming
+    needs until the end. A finished network is left as it is.
+
+    - recipe: a Recipe. path: of the checkpoint.
+    - data_path: as lib.data.load takes it. device: default the CPU.
+    - half: store the finished weights in half precision.
+    - say: called with a line of text after each epoch.
+
+    Returns the header. Raises ValueError where PATH was trained after another recipe.
+    """
+    path = pathlib.Path(path)
+    state, table = (path.with_name(path.name + end) for end in (".state", ".csv"))
+    x, y = load(recipe.data, "train", path=data_path)
+    test = load(recipe.data, "test", path=data_path)
+    noise, settings = restore_noise(recipe.noise), recipe.header()
+    settings |= {"data_sha256": content_hash(x)}
+    header = load_checkpoint(path)[1] if path.exists() else {}
+    if header and {name: header.get(name) for name in settings} != settings:
         raise ValueError(
-            f"{path} is of a training with {difference(old, settings)}: go on with that, or delete the file"
+            f"{path} was trained with {difference(header, header | settings)}: give another path, "
+            "take the old setting, or delete it (and its .state)"
         )
-    model.load_state_dict(parts["model"])
-    optimizer.load_state_dict(parts["optimizer"])
-    if averaged is not None:
-        averaged.load_state_dict(parts["averaged"])
-    return parts["history"]
+    if header.get("epoch") == recipe.schedule.epochs and not state.exists():
+        return header
+    torch.manual_seed(recipe.schedule.seed)
+    network = build(recipe.architecture, recipe.data)
+    begin, epochs = time.perf_counter(), recipe.schedule.epochs
+    rows = pd.read_csv(table).to_dict("records") if table.exists() else []
+    first = []
+
+    def after_epoch(trained, history):
+        first.append(len(history))
+        last = len(history) == epochs
+        accuracy = noisy_accuracy(
+            trained, noise, *test, recipe.schedule.dtype, draws=20 if last else 4
+        )
+        made = settings | {"epoch": len(history), "noisy_accuracy": accuracy}
+        save_checkpoint(path, trained, made | {"torch": torch.__version__}, half and last)
+        rate = (len(history) - first[0] + 1) / (time.perf_counter() - begin)
+        row = history[-1] | {"noisy_accuracy": accuracy, "images_per_second": rate * len(x)}
+        rows[len(history) - 1 :] = [row]
+        write_atomically(table, pd.DataFrame(rows).to_csv(index=False).encode())
+        if say:
+            say(_progress(row, epochs, (epochs - len(history)) / rate))
+
+    with cores(recipe.threads or torch.get_num_threads()):
+        history = fit(
+            network,
+            x,
+            y,
+            LOSSES.restore(recipe.loss),
+            noise,
+            recipe.schedule,
+            device=pick_device(device or "cpu"),
+            state=state,
+            after_epoch=after_epoch,
+        )
+        if not first:  # killed after its last epoch, before that one's checkpoint
+            after_epoch(network, history)
+    state.unlink(missing_ok=True)
+    return load_checkpoint(path)[1]
+
+
+def _progress(row, epochs, left):
+    return (
+        f"epoch {row['epoch']}/{epochs}  loss {row['loss']:.4f}  noisy accuracy "
+        f"{row['noisy_accuracy']:.3f} (test images 1, 21, ..., only watched)  "
+        f"{row['images_per_second']:,.0f} images/s  {left:.0f} s left"
+    )

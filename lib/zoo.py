@@ -1,250 +1,333 @@
-"""Experiments by name: models and counts, loaded where they are committed, computed where they are not."""
+"""Experiments by name: networks and records, loaded where committed, computed where they are not.
+
+The table of experiments is data/experiments.toml.
+"""
 
 import dataclasses
+import fnmatch
+import functools
+import itertools
 import pathlib
 import sys
+import tempfile
+import tomllib
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from lib.checks import check_choice
 from lib.data import content_hash, load
-from lib.engine.classifier import BaseClassifier
-from lib.engine.hardware import cores
-from lib.engine.live import ModelCounts
-from lib.losses import GaussianLoss
-from lib.models import build, load_checkpoint, model_hash, save_checkpoint
-from lib.noise import Gaussian
-from lib.store.records import Record, load_counts, save_counts
-from lib.train import fit
+from lib.engine.jobs import Job, run
+from lib.models import load_checkpoint
+from lib.noise import restore_noise
+from lib.samplers import RecordVotes
+from lib.store.files import sha256
+from lib.store.records import load_counts
+from lib.train import Recipe, Schedule, train
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
-ROUND = 500  # draws of each image between two savings of a record
-
-
-@dataclasses.dataclass(frozen=True)
-class Recipe:
-    """How a model is trained: architecture, data set, training noise, and what `lib.train.fit` is told."""
-
-    architecture: str
-    data: str
-    sigma: float
-    seed: int = 0
-    epochs: int = 60
-    lr: float = 0.1
-    batch: int = 64
-    augment: bool = False
-    average: float | None = None
-    weight_decay: float = 5e-4
-    dtype: str = "float32"
-    threads: int = 2  # split sums round differently: with another number of threads, training ends in other weights
+# Usual settings of the engine, by data set: part of what a record is, so never chosen by timing.
+ENGINES = {
+    "digits": {"dtype": "float32", "block": 400, "layout": "contiguous", "compile": False},
+    "cifar10": {"dtype": "bfloat16", "block": 64, "layout": "channels_last", "compile": False},
+}
+ROUNDS = 20  # steps in which a long record is stored
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """How a committed record was made: the model, the noise that it was counted under, the draws of each test image, every how manieth image."""
+    """How a record is counted.
+
+    - model: name of the network. noise: description of the noise of the votes.
+    - n: draws of each test image. stride: between the test images. seed: of the noise.
+    - engine: settings of the base classifier (dtype, block, layout, compile).
+    """
 
     model: str
-    sigma: float
+    noise: dict
     n: int
+    stride: int = 1
     seed: int = 0
-    every: int = 1
+    engine: dict = dataclasses.field(default_factory=dict)
 
 
-MODELS = {
-    f"digits-cnn-sigma{s:.2f}": Recipe("small_cnn", "digits", s) for s in (0.12, 0.25, 0.5, 1.0)
-}
-MODELS |= {
-    f"cifar10-resnet20-sigma{s:.2f}-seed{seed}": Recipe(
-        "cifar_resnet20", "cifar10", s, seed, 15, 0.2, 128, True, 0.999, 2e-4, "bfloat16", 1
-    )
-    for seed in range(5)
-    for s in (0.25, 0.5, 1.0)
-}
-# 605,000 draws replay n_max = 500,000 with 1% selection draws and 100,000 fresh ones beside them (notebook 05).
-RUNS = {
-    name: Run(name, recipe.sigma, 100_100 if recipe.sigma == 0.12 else 605_000)
-    for name, recipe in MODELS.items()
-    if recipe.data == "digits"
-}
-# Training noise against test noise (figure 15 of Cohen et al. 2019), prediction noise 0.50.
-RUNS |= {
-    f"digits-cnn-sigma{s:.2f}-at0.50": Run(f"digits-cnn-sigma{s:.2f}", 0.5, 100_100)
-    for s in (0.25, 1.0)
-}
-# Of each noise level the seed of highest noisy accuracy among the networks that are there; on every 20th test image. n is the plan: the
-# records may hold fewer draws yet, as their headers say.
-BEST = {0.25: 0, 0.50: 4, 1.00: 2}
-RUNS |= {
-    f"cifar10-resnet20-sigma{s:.2f}": Run(
-        f"cifar10-resnet20-sigma{s:.2f}-seed{seed}", s, 100_100, every=20
-    )
-    for s, seed in BEST.items()
-}
-# Small enough for a test to count again.
-RUNS["digits-cnn-sigma0.25-n1000"] = Run("digits-cnn-sigma0.25", 0.25, 1000)
+def expand(entry):
+    """The experiments [(name, fields)] that one entry of the table stands for."""
+    axes = {key: value for key, value in entry.items() if isinstance(value, list)}
+    experiments = []
+    for values in itertools.product(*axes.values()):
+        fields = entry | dict(zip(axes, values, strict=True))
+        texts = {key: value.format(**fields) for key, value in fields.items() if type(value) is str}
+        fields |= texts
+        if "sigma" in fields:
+            fields["noise"] = {"name": "Gaussian", "sigma": float(fields.pop("sigma"))}
+        experiments.append((fields.pop("name"), fields))
+    return experiments
+
+
+def read_table(path=DATA / "experiments.toml"):
+    """({name: Recipe}, {name: Run}) of the table of experiments.
+
+    Raises ValueError where a name occurs twice or a record's network is missing.
+    """
+    table = tomllib.loads(pathlib.Path(path).read_text())
+    schedule = [field.name for field in dataclasses.fields(Schedule)]
+    models, runs = {}, {}
+    for name, fields in itertools.chain.from_iterable(map(expand, table["model"])):
+        check_choice((False,), **{f"{name} twice in {path}": name in models})
+        options = {key: fields.pop(key) for key in schedule if key in fields}
+        models[name] = Recipe(**fields, schedule=Schedule(**options))
+    for name, fields in itertools.chain.from_iterable(map(expand, table["record"])):
+        check_choice((False,), **{f"{name} twice in {path}": name in runs})
+        check_choice(models, model=fields["model"])
+        engine = ENGINES[models[fields["model"]].data] | fields.pop("engine", {})
+        runs[name] = Run(**fields, engine=engine)
+    return models, runs
+
+
+MODELS, RUNS = read_table()
 
 
 def model(name, folder=DATA / "models"):
-    """A trained classifier by name (module in eval mode, float32): loaded from data/models, or trained and stored there."""
+    """A trained classifier by name (module in eval mode, float32): loaded, or trained and stored."""
     check_choice(MODELS, model=name)
     path = pathlib.Path(folder) / f"{name}.safetensors"
     if not path.exists():
-        train(name, path)
+        train(MODELS[name], path)
     return load_checkpoint(path)[0]
 
 
-def train(name, path, data_path=None, state=None):
-    """Train a model of MODELS and store it at `path`, on as many threads as its recipe says; with a `state` file it resumes after a kill.
+def record(name, n=None, index=None, folder=DATA / "records"):
+    """A record of votes by name: loaded, or counted live and stored.
 
-    data_path: as lib.data.load takes it.
+    An unfinished record of the table, which holds fewer draws than planned, is loaded as it is.
+
+    - n, index: draws and test images of a smaller run than the named one, which is counted live
+      and not stored.
+
+    Returns a lib.store.records.Record.
     """
-    check_choice(MODELS, model=name)
-    recipe = MODELS[name]
-    torch.manual_seed(recipe.seed)
-    network = build(recipe.architecture, recipe.data)
-    x, y = load(recipe.data, "train", path=data_path)
-    with cores(recipe.threads):
-        fit(
-            network, x, y, GaussianLoss(), Gaussian(recipe.sigma), recipe.epochs, recipe.lr, recipe.batch, weight_decay=recipe.weight_decay,
-            seed=recipe.seed, augment=recipe.augment, average=recipe.average, dtype=getattr(torch, recipe.dtype), state=state,
-        )  # fmt: skip
-    header = dataclasses.asdict(recipe) | {"loss": "GaussianLoss", "torch": torch.__version__}
-    if recipe.data == "cifar10":
-        header["noisy_accuracy"] = noisy_accuracy(network, recipe, data_path)
-    save_checkpoint(path, network, header)
+    check_choice(RUNS, record=name)
+    if n is not None or index is not None:
+        return count(RUNS[name], None, n, index)
+    path = pathlib.Path(folder) / f"{name}.npz"
+    if path.exists():
+        return load_counts(path, model=RUNS[name].model, noise=RUNS[name].noise)
+    return count(RUNS[name], path)
 
 
-def noisy_accuracy(network, recipe, data_path=None, draws=20):
-    """Share of votes for the right class on the test images 1, 21, ..., which are never certified: what networks are chosen by."""
+def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "models"):
+    """Count the votes of a run on its test images, store them, and return the Record.
+
+    A record at `path` with fewer draws is continued, and ends as if counted at once. A long one
+    is stored in rounds of equally many draws of every image, so that a stopped one is whole.
+
+    - run_: a Run, or a name of RUNS. path: of the record (NAME.npz); None stores nothing.
+    - n, index: other draws and test images than the run's.
+    - data_path: as lib.data.load takes it. models: folder of the networks.
+
+    Raises ValueError where the record at `path` was counted in another way.
+    """
+    run_ = RUNS[run_] if isinstance(run_, str) else run_
+    n, recipe = n or run_.n, MODELS[run_.model]
     x, y = load(recipe.data, "test", path=data_path)
-    index = np.arange(1, len(x), 20)
-    base = BaseClassifier(
-        network,
-        x.shape[1:],
-        dtype=getattr(torch, recipe.dtype),
-        block=250,
-        layout="channels_last",
-        compile=False,
+    index = np.arange(0, len(x), run_.stride) if index is None else np.asarray(index)
+    job = functools.partial(
+        Job,
+        model(run_.model, models),
+        run_.model,
+        x,
+        y.numpy(),
+        index,
+        noise=restore_noise(run_.noise),
+        seed=run_.seed,
+        settings={"data": recipe.data, "split": "test"},
+        engine=run_.engine | {"dtype": getattr(torch, run_.engine["dtype"])},
     )
-    votes = ModelCounts(base, x[index], Gaussian(recipe.sigma), index=index, progress=False).draw(
-        draws
-    )
-    return float(votes[np.arange(len(index)), y.numpy()[index]].sum() / votes.sum())
+    if path is None:
+        return _counted(job, n)
+    path = pathlib.Path(path)
+    done = load_counts(path).draws if path.exists() else 0
+    for target in _targets(done, n):
+        run(job(sampler=RecordVotes(target), out=path.with_suffix("")))
+    return load_counts(path)
+
+
+def _targets(done, n):
+    """Numbers of draws at which a record is stored on its way to n."""
+    step = max(500, n // ROUNDS)
+    return [*range(done + step, n, step), n]
+
+
+def _counted(job, n):
+    with tempfile.TemporaryDirectory() as folder:
+        out = pathlib.Path(folder) / "record"
+        run(job(sampler=RecordVotes(n), out=out))
+        return load_counts(out.with_name("record.npz"))
+
+
+def siblings(name):
+    """Names of the networks that differ from this one in their seed alone, itself included."""
+    mine = dataclasses.replace(MODELS[name].schedule, seed=0)
+    return [
+        other
+        for other, recipe in MODELS.items()
+        if dataclasses.replace(recipe, schedule=mine)
+        == dataclasses.replace(MODELS[name], schedule=mine)
+        and dataclasses.replace(recipe.schedule, seed=0) == mine
+    ]
 
 
 def cifar10(data_path, out=DATA):
-    """Train what is missing of the CIFAR-10 networks, then count the votes of the best of each noise level on the test images 0, 20, ..., 9980.
+    """Train what is missing of the CIFAR-10 networks, then count their records.
 
-    out: folder whose models/ gets the weights and whose records/ the votes. Everything stops and resumes: a network at each epoch (NAME.state beside
-    it), a record, even a finished shorter one, at each ROUND of draws. data_path: as lib.data.load takes it. Raises ValueError, before any work,
-    where `out` holds records of other images: those in data/ are of JPEG copies of CIFAR-10 (data/README.md).
+    A record that is named as its network without the seed is of the best seed: the one of highest
+    noisy accuracy on test images that no record holds. Everything stops and resumes: a network at
+    each epoch, a record at each round of draws.
+
+    - data_path: as lib.data.load takes it.
+    - out: folder whose models/ gets the weights and whose records/ the votes.
+
+    Raises ValueError, before any work, where `out` holds records of other images: those in data/
+    are of JPEG copies of CIFAR-10 (data/README.md).
     """
     recipes = {name: recipe for name, recipe in MODELS.items() if recipe.data == "cifar10"}
     models, records = pathlib.Path(out) / "models", pathlib.Path(out) / "records"
-    runs = {records / f"{name}.npz": run for name, run in RUNS.items() if run.model in recipes}
+    runs = {records / f"{name}.npz": r for name, r in RUNS.items() if r.model in recipes}
     images = content_hash(load("cifar10", "test", path=data_path)[0])
     for path in filter(pathlib.Path.exists, runs):
         if load_counts(path).header["data_sha256"] != images:
             raise ValueError(
-                f"{path} was counted on other images than those of {data_path}: take another folder, make cifar10 DATA=... OUT=runs/cifar10"
+                f"{path} was counted on other images than those of {data_path}: take another "
+                "folder, make cifar10 DATA=... OUT=runs/cifar10"
             )
-    shares = {}
-    for name in recipes:
+    accuracy = {}
+    for name, recipe in recipes.items():
         path = models / f"{name}.safetensors"
+        if not path.exists() or path.with_name(path.name + ".state").exists():
+            train(recipe, path, data_path, say=_say)
+            path.with_name(path.name + ".csv").unlink(missing_ok=True)
+        accuracy[name] = load_checkpoint(path)[1]["noisy_accuracy"]
+        _say(f"{name}: noisy accuracy {accuracy[name]:.4f}")
+    for path, run_ in runs.items():
+        if f"{path.stem}-seed" in run_.model:
+            best = max(siblings(run_.model), key=accuracy.get)
+            if path.exists() and (old := load_counts(path).header["model"]) != best:
+                _say(f"{best} is better than {old}: the record of that one is kept as {old}.npz")
+                path.rename(records / f"{old}.npz")
+            run_ = dataclasses.replace(run_, model=best)
+        count(run_, path, data_path=data_path, models=models)
+
+
+def _say(text):
+    tqdm.write(text, file=sys.stderr)
+
+
+def model_table(folder=DATA / "models"):
+    """The committed networks as Markdown lines, from the table and the files' headers."""
+    head = "network | architecture | data | loss | noise | epochs | seed | noisy accuracy | SHA-256"
+    rows = []
+    for name, recipe in MODELS.items():
+        path = pathlib.Path(folder) / f"{name}.safetensors"
         if not path.exists():
-            train(name, path, data_path, state=path.with_suffix(".state"))
-            path.with_suffix(".state").unlink()
-        shares[name] = load_checkpoint(path)[1]["noisy_accuracy"]
-        print(f"{name}: noisy accuracy {shares[name]:.4f}", flush=True)
-    for path, run in runs.items():
-        best = max((name for name in recipes if recipes[name].sigma == run.sigma), key=shares.get)
-        if path.exists() and (old := load_counts(path).header["model"]) != best:
-            print(
-                f"{best} is better than {old}: the record of that one is kept as {old}.npz (in data/, set zoo.BEST)",
-                flush=True,
-            )
-            path.rename(records / f"{old}.npz")
-        record(dataclasses.replace(run, model=best), path, data_path=data_path, models=models)
+            continue
+        accuracy = load_checkpoint(path)[1].get("noisy_accuracy")
+        rows.append(
+            [
+                f"`{name}`",
+                recipe.architecture,
+                recipe.data,
+                _words(recipe.loss),
+                _words(recipe.noise),
+                recipe.schedule.epochs,
+                recipe.schedule.seed,
+                "" if accuracy is None else f"{accuracy:.4f}",
+                f"`{sha256(path.read_bytes())[:16]}`",
+            ]
+        )
+    return _markdown(head.split(" | "), rows)
 
 
-def counts(name, n=None, index=None, folder=DATA / "records"):
-    """A record of votes by name: loaded from data/records, or counted live and stored there. Returns lib.store.records.Record.
+def record_table(folder=DATA / "records"):
+    """The committed records as Markdown lines, from the table and the files' headers."""
+    head = "record | network | noise | draws | planned | images | precision | seed"
+    rows = []
+    for name, run_ in RUNS.items():
+        path = pathlib.Path(folder) / f"{name}.npz"
+        if not path.exists():
+            continue
+        stored = load_counts(path)
+        unfinished = "" if stored.draws == run_.n else " (unfinished)"
+        rows.append(
+            [
+                f"`{name}`",
+                f"`{stored.header['model']}`",
+                _words(stored.header["noise"]),
+                f"{stored.draws:,}{unfinished}",
+                f"{run_.n:,}",
+                f"{len(stored.index)}, every {run_.stride}" if run_.stride > 1 else "all",
+                stored.header["dtype"],
+                stored.header["seed"],
+            ]
+        )
+    return _markdown(head.split(" | "), rows)
 
-    n, index: draws and test images of a smaller run than the named one, which is counted live and not stored.
+
+def _words(description):
+    rest = [f"{key} {value}" for key, value in description.items() if key != "name"]
+    return " ".join([description["name"], *rest])
+
+
+def _markdown(head, rows):
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
+
+
+MARKS = ("<!-- generated by python -m lib.zoo tables -->\n", "<!-- end -->\n")
+
+
+def with_table(text, table):
+    """A README's text with `table` between its two marks."""
+    before, rest = text.split(MARKS[0])
+    return before + MARKS[0] + table + MARKS[1] + rest.split(MARKS[1])[1]
+
+
+def main(what, *arguments):
+    """python -m lib.zoo models | records [PATTERN] | cifar10 DATA [OUT] | tables.
+
+    Retrain the digits networks; count their records again; do the CIFAR-10 plan; write the tables
+    of data/models/README.md and data/records/README.md.
     """
-    check_choice(RUNS, record=name)
-    run = RUNS[name]
-    path = pathlib.Path(folder) / f"{name}.npz"
-    if n is None and index is None and path.exists():
-        found = load_counts(path, model=run.model, sigma=run.sigma)
-        if (
-            found.header["n"] >= run.n or run.every > 1
-        ):  # the long records of CIFAR-10 may still grow
-            return found
-    return record(name, path if n is None and index is None else None, n, index)
-
-
-def record(run, path=None, n=None, index=None, data_path=None, models=DATA / "models"):
-    """Count the votes of a run (a Run, or a name of RUNS) on its test images or those of `index`, up to `n` draws of each; store them at `path`.
-
-    Stored after every ROUND draws of each image; a record at `path` with fewer draws is continued, and ends as if counted at once.
-    Raises ValueError where the record at `path` was counted in another way. Returns lib.store.records.Record; without a path nothing is stored.
-    """
-    if not isinstance(run, Run):
-        check_choice(RUNS, run=run)
-        run = RUNS[run]
-    network, recipe, n = model(run.model, models), MODELS[run.model], n or run.n
-    x, y = load(recipe.data, "test", path=data_path)
-    index = np.arange(0, len(x), run.every) if index is None else np.asarray(index)
-    labels = y.numpy()[index]
-    engine = (
-        {"block": 64, "layout": "channels_last"}
-        if recipe.data == "cifar10"
-        else {"block": 400, "layout": "contiguous"}
-    )
-    base = BaseClassifier(
-        network, x.shape[1:], dtype=getattr(torch, recipe.dtype), compile=False, **engine
-    )
-    header = {
-        "model": run.model, "model_sha256": model_hash(network), "data": recipe.data, "split": "test", "data_sha256": content_hash(x),
-        "sigma": run.sigma, "seed": run.seed, **base.settings,
-    }  # fmt: skip
-    source = ModelCounts(base, x[index], Gaussian(run.sigma), index=index, seed=run.seed)
-    if path is not None and pathlib.Path(path).exists():
-        old = load_counts(path, **header)
-        if not np.array_equal(old.index, index):
-            raise ValueError(f"{path} holds other images than asked for: give another path")
-        source.votes[:] = old.counts
-    while (done := int(source.votes[0].sum())) < n:
-        more = min(ROUND, n - done)
-        source.draw(more)
-        if path is not None:
-            save_counts(path, source.votes, index, labels, n=done + more, **header)
-    return Record(source.votes, index, labels, header | {"n": done})
-
-
-def main(what, *paths):
-    """python -m lib.zoo models | records | cifar10 DATA [OUT]: retrain the digits networks, count their records again, do the CIFAR-10 plan."""
-    if what == "models":
-        for name in (name for name, recipe in MODELS.items() if recipe.data == "digits"):
-            train(name, DATA / "models" / f"{name}.safetensors")
-    elif what == "records":
-        for name, run in RUNS.items():
-            if MODELS[run.model].data == "digits":
+    if what == "models" and not arguments:
+        for name, recipe in MODELS.items():
+            if recipe.data == "digits":
+                path = DATA / "models" / f"{name}.safetensors"
+                path.unlink(missing_ok=True)
+                train(recipe, path)
+                path.with_name(path.name + ".csv").unlink()
+    elif what == "records" and len(arguments) < 2:
+        for name, run_ in RUNS.items():
+            wanted = fnmatch.fnmatch(name, arguments[0] if arguments else "*")
+            if MODELS[run_.model].data == "digits" and wanted:
                 path = DATA / "records" / f"{name}.npz"
                 path.unlink(missing_ok=True)
-                record(name, path)
-    elif what == "cifar10" and len(paths) in (1, 2):
+                count(run_, path)
+    elif what == "cifar10" and len(arguments) in (1, 2):
         try:
-            cifar10(*paths)
+            cifar10(*arguments)
         except (ValueError, OSError) as error:
             raise SystemExit(f"error: {error}") from error
         except KeyboardInterrupt:
             raise SystemExit("\ninterrupted: the same command continues where it stopped") from None
+    elif what == "tables" and not arguments:
+        for folder, table in (("models", model_table()), ("records", record_table())):
+            path = DATA / folder / "README.md"
+            path.write_text(with_table(path.read_text(), table))
     else:
         raise SystemExit(
-            "usage: python -m lib.zoo models | records | cifar10 DATA [OUT] (DATA: an npz, or the folder or tar.gz of CIFAR-10)"
+            "usage: python -m lib.zoo models | records [PATTERN] | cifar10 DATA [OUT] | tables\n"
+            "(DATA: an npz, or the folder or tar.gz of CIFAR-10)"
         )
 
 

@@ -22,7 +22,7 @@ from lib.models import build
 from lib.noise import Gaussian
 from lib.store.records import Record, save_counts
 from lib.theory import cohen_radius, lecuyer_radius, li_radius
-from lib.train import fit
+from lib.train import Schedule, fit
 
 X = torch.full((2, 1, 8, 8), 0.5)
 Y = torch.tensor([0, 1])
@@ -58,7 +58,9 @@ def votes():
 
 def recorded():
     return RecordedCounts(
-        Record(np.array([[90, 10]]), np.array([4]), np.array([0]), {"sigma": 0.5, "n": 100})
+        Record(
+            np.array([[90, 10]]), np.array([4]), np.array([0]), {"noise": Gaussian(0.5).describe()}
+        )
     )
 
 
@@ -70,10 +72,9 @@ def run(n0=10, n=100, alpha=0.001, **kw):
     return certify(votes(), Gaussian(0.5), n0, n, alpha, **kw)
 
 
-def train(x=X, y=Y, epochs=1, batch=2, lr=0.1, **settings):
-    return fit(
-        network(), x, y, GaussianLoss(), Gaussian(0.5), epochs, lr=lr, batch=batch, **settings
-    )
+def train(x=X, y=Y, epochs=1, batch=2, lr=0.1, noise=0.5, device=None, **settings):
+    schedule = Schedule(epochs, lr, batch, **settings)
+    return fit(network(), x, y, GaussianLoss(), Gaussian(noise), schedule, device=device)
 
 
 SIZES = sample_size_map(100, 0.1, "absolute", Gaussian(0.5), 0.001, step=0.1)

@@ -70,7 +70,7 @@ def test_certify_follows_the_pseudo_code():
 
 
 def test_certify_with_draws_and_noise_of_each_example():
-    source = RecordedCounts([[100, 0], [1000, 0], [0, 500]])
+    source = RecordedCounts([[100, 0], [1000, 0], [0, 500]], fixed=True)
     found = certify(
         source, Gaussian([0.1, 0.2, 0.3]), n0=[10, 10, 20], n=[90, 990, 300], alpha=0.001
     )
@@ -78,7 +78,7 @@ def test_certify_with_draws_and_noise_of_each_example():
     np.testing.assert_array_equal(found.prediction, [0, 0, 1])
     np.testing.assert_allclose(
         found.radius,
-        np.array([0.1, 0.2, 0.3]) * norm.ppf(0.001 ** (1 / np.array([90, 990, 300]))),
+        Gaussian([0.1, 0.2, 0.3]).level * norm.ppf(0.001 ** (1 / np.array([90, 990, 300]))),
         rtol=1e-9,
     )
     np.testing.assert_array_equal(source.remaining.sum(axis=1), [0, 0, 180])

@@ -3,7 +3,6 @@
 import csv
 import datetime
 import fcntl
-import functools
 import json
 import os
 import pathlib
@@ -21,15 +20,18 @@ from typer.testing import CliRunner
 import lib
 from lib import __main__ as cli
 from lib import data, zoo
+from lib import train as training
 from lib.certify import certify
 from lib.counts import RecordedCounts
-from lib.engine import jobs as runner
+from lib.engine import jobs
 from lib.engine.classifier import BaseClassifier
 from lib.engine.live import ModelCounts
 from lib.iss import certify_iss, sample_size_map
 from lib.models import load_checkpoint, model_hash
 from lib.noise import Gaussian
-from lib.store.records import load_counts
+from lib.samplers import Certify
+from lib.store.journal import read_journal, write_journal
+from lib.store.records import load_counts, save_counts
 
 ROOT = pathlib.Path(__file__).parent.parent
 PUBLISHED = ROOT / "data/records/imagenet-resnet50-consistency-sigma0.50.tsv"
@@ -132,10 +134,9 @@ def test_the_log_and_the_record_are_those_of_the_library(reference):
     ]
     record = load_counts(
         f"{reference}.npz",
-        sigma=0.5,
+        noise={"name": "Gaussian", "sigma": 0.5},
         seed=0,
-        n0=20,
-        n=300,
+        sampler={"name": "certify", "n0": 20, "n": 300, "alpha": 0.001},
         dtype="float32",
         block=64,
         data="digits",
@@ -148,8 +149,8 @@ def test_the_log_and_the_record_are_those_of_the_library(reference):
     assert record.header["model_sha256"] == model_hash(zoo.model("digits-cnn-sigma0.50"))
     assert sorted(path.name for path in reference.parent.iterdir()) == [
         "small.tsv",
+        "small.tsv.journal",
         "small.tsv.npz",
-        "small.tsv.settings.json",
     ]
 
 
@@ -164,16 +165,11 @@ def test_the_log_and_the_record_are_those_of_the_library(reference):
         ("--start 358 --stop 1000", [358, 359]),
     ],
 )
-def test_examples_are_chosen_as_by_the_fields_scripts(options, expected):
+def test_examples_are_chosen_by_the_conventions_of_cohens_code(options, expected):
     """Those scripts loop over all indices, break at max or stop, and pass over those below start or not divisible by skip."""
-    given = dict(zip(options.split()[::2], map(int, options.split()[1::2]), strict=True))
-    index = cli._indices(
-        360,
-        given.get("--start", 0),
-        given.get("--stop"),
-        given.get("--skip", 1),
-        given.get("--max"),
-    )
+    names = [name.removeprefix("--") for name in options.split()[::2]]
+    values = map(int, options.split()[1::2])
+    index = cli.Examples(**dict(zip(names, values, strict=True))).index(360)
     assert index.tolist() == expected
 
 
@@ -236,15 +232,15 @@ def test_input_specific_sampling(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "split", "draws"),
+    ("options", "split", "reuse"),
     [
         ("", "train", None),
-        ("--sampler iss", "test", "fresh"),
-        ("--sampler iss --draws reused", "test", "reused"),
+        ("--sampler iss", "test", False),
+        ("--sampler iss --reuse", "test", True),
     ],
 )
-def test_every_option_reaches_the_sampler(tmp_path, options, split, draws):
-    """alpha, seed, split and the sampler's own, the default of its draws among them: the library's certificates, and the labels of those images."""
+def test_every_option_reaches_the_sampler(tmp_path, options, split, reuse):
+    """alpha, seed, split and the sampler's own, the default of reuse among them: the library's certificates, and the labels of those images."""
     out, x, y, index = tmp_path / "o.tsv", *data.load("digits", split), np.arange(0, 24, 4)
     done(
         *SMALL,
@@ -271,7 +267,7 @@ def test_every_option_reaches_the_sampler(tmp_path, options, split, draws):
         compile=False,
     )
     live = ModelCounts(base, x[index], Gaussian(0.5), index=index, seed=7, progress=False)
-    if draws:
+    if reuse is not None:
         expected = certify_iss(
             live,
             Gaussian(0.5),
@@ -279,7 +275,7 @@ def test_every_option_reaches_the_sampler(tmp_path, options, split, draws):
             300,
             sample_size_map(300, 0.05, "absolute", Gaussian(0.5), 0.05),
             0.05,
-            draws,
+            reuse,
         )
     else:
         expected = certify(live, Gaussian(0.5), 20, 300, 0.05)
@@ -287,7 +283,8 @@ def test_every_option_reaches_the_sampler(tmp_path, options, split, draws):
     assert [(float(row[3]), int(row[5])) for row in rows] == list(
         zip(expected.radius.tolist(), expected.n.tolist(), strict=True)
     )
-    record = load_counts(f"{out}.npz", seed=7, alpha=0.05, split=split)
+    record = load_counts(f"{out}.npz", seed=7, split=split)
+    assert record.header["sampler"]["alpha"] == 0.05
     np.testing.assert_array_equal(record.index, index)
     np.testing.assert_array_equal(record.labels, y[index])
 
@@ -302,13 +299,13 @@ def test_the_precision_asked_for_is_the_one_that_runs(tmp_path):
     [
         ("--sigma 0.25", "sigma = 0.5, not 0.25"),
         ("--n0 21", "n0 = 20, not 21"),
-        ("--n 301", "n = 300, not 301"),
+        ("--n 299", "n = 300, not 299"),
         ("--alpha 0.01", "alpha = 0.001, not 0.01"),
         ("--seed 1", "seed = 0, not 1"),
         ("--split train", "split = 'test', not 'train'"),
         ("--start 1", "start = 0, not 1"),
         ("--skip 5", "skip = 1, not 5"),
-        ("--stop 13", "stop = 12, not 13"),
+        ("--stop 11", "holds example 11, which this run does not ask for"),
         ("--sampler iss", "sampler = 'certify', not 'iss'"),
         ("--block 32", "block = 64, not 32"),
         ("--compile", "compiled = False, not True"),
@@ -324,10 +321,10 @@ def test_a_log_is_not_continued_with_other_settings(reference, option, named):
 def test_a_log_is_not_continued_with_another_network_or_engine(reference, tmp_path, monkeypatch):
     arguments = [a if a != "digits-cnn-sigma0.50" else "digits-cnn-sigma0.25" for a in SMALL]
     assert "model_sha256 = " in refused(*arguments, "--out", reference)
-    out = unfinished(reference, tmp_path, 200, 10_000)
-    settings = json.loads(pathlib.Path(f"{out}.settings.json").read_text())
-    settings["engine"]["torch"] = "1.0"
-    pathlib.Path(f"{out}.settings.json").write_text(json.dumps(settings))
+    out = unfinished(reference, tmp_path, 1500)
+    made, entries = read_journal(f"{out}.journal")
+    made["engine"]["torch"] = "1.0"
+    write_journal(f"{out}.journal", made, entries.values())
     assert "torch = '1.0', not '2" in refused(*SMALL, "--out", out)
     (tmp_path / "alone.tsv").write_text("somebody else's")
     assert "alone.tsv exists, but not how it was made" in refused(
@@ -341,45 +338,180 @@ def test_a_job_knows_its_network_images_noise_and_seed(tmp_path):
     images, labels = data.load("digits", "test")
     engine = {"dtype": torch.float32, "block": 64, "layout": "contiguous", "compile": False}
 
-    def job(model="digits-cnn-sigma0.50", images=images, sigma=0.5, seed=0, draws=120):
-        sampler = functools.partial(certify, noise=Gaussian(sigma), n0=20, n=100, alpha=0.01)
-        settings = {"alpha": 0.01}
-        return runner.Job(
+    def job(model="digits-cnn-sigma0.50", images=images, sigma=0.5, seed=0, alpha=0.01):
+        return jobs.Job(
             zoo.model(model),
             "mine",
             images,
             labels.numpy(),
             np.arange(3),
-            sampler,
+            Certify(20, 100, alpha),
             Gaussian(sigma),
             seed,
-            draws,
             tmp_path / "x",
-            settings,
+            {"of": "mine"},
             engine,
         )
 
-    assert runner.run(job()) == 3
-    assert runner.run(job()) == 0
-    assert RecordedCounts(
-        load_counts(tmp_path / "x.npz", alpha=0.01, model="mine")
-    ).noise == Gaussian(0.5)
+    assert jobs.run(job()) == 3
+    assert jobs.run(job()) == 0
+    record = load_counts(tmp_path / "x.npz", of="mine", model="mine")
+    assert RecordedCounts(record).noise == Gaussian(0.5)
     for name, change in {
         "model_sha256": "digits-cnn-sigma0.25",
         "data_sha256": 1 - images,
         "sigma": 0.25,
         "seed": 1,
-        "most_draws": 121,
+        "alpha": 0.02,
     }.items():
-        argument = {"model_sha256": "model", "data_sha256": "images", "most_draws": "draws"}.get(
-            name, name
-        )
+        argument = {"model_sha256": "model", "data_sha256": "images"}.get(name, name)
         with pytest.raises(ValueError, match=f"was made with {name} = "):
-            runner.run(job(**{argument: change}))
+            jobs.run(job(**{argument: change}))
+
+
+def test_a_job_refuses_what_it_cannot_certify(tmp_path):
+    """Before any work: examples twice or beyond the data, labels beyond the classes, other data."""
+    images, labels = data.load("digits", "test")
+    network = zoo.model("digits-cnn-sigma0.50")
+
+    def job(index=(0, 1), labels=labels, noise=0.5):
+        settings = (Certify(20, 100), Gaussian(noise), 0, tmp_path / "x", {}, {"compile": False})
+        return jobs.Job(network, "", images, labels, np.array(index), *settings)
+
+    with pytest.raises(ValueError, match="index must be ascending, each example once"):
+        job([1, 1])
+    with pytest.raises(ValueError, match="index must be class indices below 360|index must"):
+        job([0, 360])
+    with pytest.raises(ValueError, match="noise must have one level, or 2"):
+        job(noise=[0.5, 0.5, 0.5])
+    with pytest.raises(ValueError, match="labels must be class indices below 10"):
+        jobs.run(job(labels=labels + 5))
+    said = refused(*SMALL, "--data", "mnist", "--out", tmp_path / "y")
+    assert "data must be digits, which digits-cnn-sigma0.50 was trained on" in said
+    assert not (tmp_path / "y").exists()
+
+
+def test_a_sampler_that_takes_more_draws_than_it_states_is_refused(tmp_path):
+    class Greedy(Certify):
+        most = 100
+
+        def describe(self):
+            return {"name": "greedy"}
+
+    images, labels = data.load("digits", "test")
+    network, index = zoo.model("digits-cnn-sigma0.50"), np.arange(2)
+    job = jobs.Job(
+        network, "", images, labels, index, Greedy(20, 100), Gaussian(0.5), 0, tmp_path / "x"
+    )
+    with pytest.raises(ValueError, match="took 120 draws of an example, more than the 100"):
+        jobs.run(job)
+
+
+def test_one_sigma_per_example(tmp_path):
+    """The whole path with a sigma of each image: votes, radii, record, resumed and replayed."""
+    images, labels = data.load("digits", "test")
+    sigmas, index = np.array([0.25, 0.5, 0.75, 0.3]), np.array([3, 5, 8, 13])
+    engine = {"dtype": torch.float32, "block": 64, "layout": "contiguous", "compile": False}
+
+    def job(out, index=index, sigmas=sigmas):
+        settings = (Gaussian(sigmas), 0, tmp_path / out, {}, engine)
+        return jobs.Job(
+            zoo.model("digits-cnn-sigma0.50"),
+            "",
+            images,
+            labels,
+            index,
+            Certify(20, 300),
+            *settings,
+        )
+
+    jobs.run(job("all"))
+    rows = without_time(tmp_path / "all")
+    for i in range(4):
+        jobs.run(job(f"{i}", index[[i]], sigmas[i]))
+        assert without_time(tmp_path / f"{i}") == [rows[i]]
+    replay = RecordedCounts(load_counts(tmp_path / "all.npz"))
+    assert replay.noise == Gaussian(sigmas)
+    with pytest.raises(ValueError, match="noise must be the one"):
+        certify(replay, Gaussian(sigmas[::-1].copy()), 20, 300, 0.001)
+
+
+def test_a_finished_run_is_continued(reference, tmp_path):
+    """More images, then more draws: the files are those of a run with as many from the start."""
+    arguments = [a for a in SMALL if a not in ("--stop", "12", "--n", "300")]
+    out, whole = tmp_path / "o.tsv", tmp_path / "whole.tsv"
+    done(*SMALL, "--out", out)
+    done(*arguments, "--n", 300, "--stop", 20, "--out", out)
+    assert "20 examples certified" in call(*arguments, "--n", 500, "--stop", 20, "--out", out)[2]
+    done(*arguments, "--n", 500, "--stop", 20, "--out", whole)
+    assert without_time(out) == without_time(whole)
+    assert pathlib.Path(f"{out}.npz").read_bytes() == pathlib.Path(f"{whole}.npz").read_bytes()
+    iss = [*arguments, "--sampler", "iss", "--stop", 12, "--out", tmp_path / "iss.tsv"]
+    done(*iss, "--n", 300)
+    assert "n = 300, not 500" in refused(*iss, "--n", 500)
+
+
+def test_a_running_journal_is_reported(reference, tmp_path):
+    out = unfinished(reference, tmp_path, 1500)
+    whole = read_journal(f"{out}.journal")[1]
+    assert 0 < len(whole) < 12
+    (row,) = json.loads(done("report", f"{out}.journal", "--json"))
+    assert row["examples"] == len(whole)
+
+
+def test_a_sampler_and_a_loss_of_ones_own_work_from_the_command_line(tmp_path):
+    """A file that registers them and calls the app: their fields are options, in log and record."""
+    (tmp_path / "mine.py").write_text(
+        """
+import dataclasses
+from lib.certify import certify
+from lib.losses import GaussianLoss, register as register_loss
+from lib.samplers import Certify, Sampler, register
+from lib.store.registry import option
+
+@register("halved")
+@dataclasses.dataclass(frozen=True)
+class Halved(Sampler):
+    n: int = option(200, "Draws.")
+    part: float = option(0.5, "Of alpha.")
+    first, fixed = 20, True
+    most = property(lambda self: 20 + self.n)
+
+    def __call__(self, counts, noise):
+        return certify(counts, noise, 20, self.n, 0.01 * self.part)
+
+@register_loss("doubled")
+@dataclasses.dataclass(frozen=True)
+class Doubled:
+    factor: float = option(2.0, "Factor.")
+
+    def __call__(self, *arguments):
+        return self.factor * GaussianLoss()(*arguments)
+
+from lib.__main__ import app
+app()
+"""
+    )
+
+    def mine(*arguments):
+        command = [sys.executable, "mine.py", *map(str, arguments)]
+        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment)
+        assert ran.returncode == 0, ran.stderr
+        return ran.stdout
+
+    mine(
+        "train", "--sigma", 0.5, "--epochs", 1, "--loss", "doubled", "--factor", 3, "--out", "m.st"
+    )
+    mine("certify", "m.st", "--sigma", 0.5, "--sampler", "halved", "--part", 0.1, "--stop", 3,
+         *ENGINE, "--out", "m.tsv")  # fmt: skip
+    header = load_counts(tmp_path / "m.tsv.npz").header
+    assert header["sampler"] == {"name": "halved", "n": 200, "part": 0.1}
+    assert load_checkpoint(tmp_path / "m.st")[1]["loss"] == {"name": "doubled", "factor": 3.0}
 
 
 def test_two_runs_do_not_write_one_log(reference):
-    with open(f"{reference}.settings.json") as held:
+    with open(f"{reference}.journal") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         assert "being written by another process" in refused(*SMALL, "--out", reference)
 
@@ -387,19 +519,30 @@ def test_two_runs_do_not_write_one_log(reference):
 def test_a_run_that_failed_before_its_first_result_binds_nobody(tmp_path):
     """Its settings may be corrected, as its error told, under the same name."""
     arguments = [*SMALL, "--sampler", "iss", "--out", tmp_path / "iss.tsv"]
-    assert "n0 must be at most" in refused(*arguments, "--n0", 400)
+    assert "decline must be" in refused(*arguments, "--decline", -1)
     done(*arguments)
     assert "n0 = 20, not 10" in refused(*arguments, "--n0", 10)
 
 
-@pytest.mark.parametrize("suffix", ["", ".votes", ".npz", ".part1", ".part1.votes"])
+@pytest.mark.parametrize("suffix", ["", ".npz", ".journal.part1"])
 def test_leftovers_of_another_run_are_not_adopted(reference, tmp_path, suffix):
-    """Certificates that lie about without their settings are not taken for this run's."""
+    """Certificates that lie about without their journal are not taken for this run's."""
     left = tmp_path / f"left.tsv{suffix}"
-    left.write_bytes(pathlib.Path(f"{reference}{'.npz' if suffix == '.npz' else ''}").read_bytes())
-    assert f"left.tsv{suffix} exists, but not how it was made" in refused(
-        *SMALL, "--out", tmp_path / "left.tsv"
-    )
+    source = {"": "", ".npz": ".npz", ".journal.part1": ".journal"}[suffix]
+    left.write_bytes(pathlib.Path(f"{reference}{source}").read_bytes())
+    said = refused(*SMALL, "--out", tmp_path / "left.tsv")
+    assert f"left.tsv{suffix} exists, but not how it was made" in said
+
+
+def test_a_record_of_another_run_beside_the_journal_is_refused(reference, tmp_path):
+    """It would otherwise be relabelled as this run's."""
+    out = unfinished(reference, tmp_path, 10**6)
+    other = load_counts(f"{reference}.npz")
+    header = other.header | {"noise": {"name": "Gaussian", "sigma": 0.25}}
+    save_counts(f"{out}.npz", other.counts, other.index, other.labels, **header)
+    before = pathlib.Path(f"{out}.npz").read_bytes()
+    assert "is of another run, with noise" in refused(*SMALL, "--out", out)
+    assert pathlib.Path(f"{out}.npz").read_bytes() == before
 
 
 def test_without_a_compiler_a_run_says_so_and_is_eager(tmp_path, monkeypatch):
@@ -407,8 +550,10 @@ def test_without_a_compiler_a_run_says_so_and_is_eager(tmp_path, monkeypatch):
     for _ in range(2):  # the same command again finds it done
         done(*SMALL[:-1], "--compile", "--out", tmp_path / "eager.tsv")
     assert load_counts(tmp_path / "eager.tsv.npz").header["compiled"] is False
-    settings = tmp_path / "eager.tsv.settings.json"  # a finished run that was compiled, elsewhere
-    settings.write_text(settings.read_text().replace('"compiled": false', '"compiled": true'))
+    journal = tmp_path / "eager.tsv.journal"  # a finished run that was compiled, elsewhere
+    made, entries = read_journal(journal)
+    made["engine"]["compiled"] = True
+    write_journal(journal, made, entries.values())
     assert "compiled = True, not False" in refused(*SMALL, "--out", tmp_path / "eager.tsv")
 
 
@@ -420,97 +565,80 @@ def test_a_run_that_abstains_everywhere_is_reported(tmp_path):
 
 
 def test_a_run_of_a_gpu_is_not_continued_without_one(reference, tmp_path):
-    out = unfinished(reference, tmp_path, 200, 10_000)
-    settings = pathlib.Path(f"{out}.settings.json")
-    settings.write_text(settings.read_text().replace('"device": "cpu"', '"device": "cuda:99"'))
+    out = unfinished(reference, tmp_path, 1500)
+    made, entries = read_journal(f"{out}.journal")
+    made["engine"]["device"] = "cuda:99"
+    write_journal(f"{out}.journal", made, entries.values())
     assert "device must be one that is here" in refused(*SMALL, "--out", out)
 
 
 # ------------------------------------------------------------------ interruptions
 
 
-def unfinished(reference, folder, log_bytes, votes_bytes):
-    """A copy of a finished run cut back to so many bytes of its log and of its votes."""
-    record = load_counts(f"{reference}.npz")
+def unfinished(reference, folder, size):
+    """A copy of a finished run of which a kill left so many bytes of the journal."""
     out = folder / reference.name
-    out.write_bytes(reference.read_bytes()[:log_bytes])
-    votes = runner._votes_lines(record.index, record.counts).encode()
-    (folder / f"{out.name}.votes").write_bytes(votes[:votes_bytes])
-    (folder / f"{out.name}.settings.json").write_bytes(
-        pathlib.Path(f"{reference}.settings.json").read_bytes()
-    )
+    data = pathlib.Path(f"{reference}.journal").read_bytes()
+    pathlib.Path(f"{out}.journal").write_bytes(data[:size])
     return out
 
 
 @pytest.mark.parametrize("seed", range(6))
 def test_a_run_cut_at_any_byte_is_completed(reference, tmp_path, seed):
-    """Whatever a kill or a full disk left of the two files, the finished run is the same, and whole examples are not done again."""
-    rng = random.Random(seed)
-    log, votes = (
-        reference.read_bytes(),
-        runner._votes_lines(
-            *(lambda r: (r.index, r.counts))(load_counts(f"{reference}.npz"))
-        ).encode(),
-    )
-    cuts = (
-        [rng.randrange(len(log) + 1), rng.randrange(len(votes) + 1)]
-        if seed
-        else [len(log) - 1, len(votes)]
-    )
-    out = unfinished(reference, tmp_path, *cuts)
-    whole = min(max(log[: cuts[0]].count(b"\n") - 1, 0), votes[: cuts[1]].count(b"\n"))
+    """Whatever a kill or a full disk left: the same finished run, and no whole example twice."""
+    data = pathlib.Path(f"{reference}.journal").read_bytes()
+    size = random.Random(seed).randrange(len(data) + 1) if seed else len(data) - 1
+    out = unfinished(reference, tmp_path, size)
+    whole = max(data[:size].count(b"\n") - 1, 0)
     code, _, said = call(*SMALL, "--out", out)
     assert code == 0, said
     assert f"{12 - whole} examples certified in" in said
     assert f"{whole} were done before" in said
     assert without_time(out) == without_time(reference)
-    assert (
-        out.read_text().splitlines()[: whole + 1] == reference.read_text().splitlines()[: whole + 1]
-    )
+    kept = reference.read_text().splitlines()[: whole + 1]
+    assert out.read_text().splitlines()[: whole + 1] == kept
     assert pathlib.Path(f"{out}.npz").read_bytes() == pathlib.Path(f"{reference}.npz").read_bytes()
-    assert not pathlib.Path(f"{out}.votes").exists()
 
 
-def test_a_line_deleted_from_a_finished_log_is_done_again(reference, tmp_path):
-    out = unfinished(reference, tmp_path, 10**6, 10**6)
+def test_a_line_deleted_from_a_finished_journal_is_done_again(reference, tmp_path):
+    out = unfinished(reference, tmp_path, 10**6)
     done(*SMALL, "--out", out)
-    lines = out.read_text().splitlines(keepends=True)
-    out.write_text("".join(lines[:5] + lines[6:]))
+    journal = pathlib.Path(f"{out}.journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    journal.write_bytes(b"".join(lines[:5] + lines[6:]))
     assert "1 examples certified" in call(*SMALL, "--out", out)[2]
     assert without_time(out) == without_time(reference)
     assert "0 examples certified" in call(*SMALL, "--out", out)[2]
 
 
-def test_damage_inside_a_file_is_named(reference, tmp_path):
-    out = unfinished(reference, tmp_path, 10**6, 10**6)
-    votes, log = pathlib.Path(f"{out}.votes"), out.read_text()
-    lines = votes.read_text().splitlines(keepends=True)
-    for line, message in (
-        ("[2,1,\n", "votes, line 3 is damaged"),
-        ("[2,0,0,0,0,0,0,0,0,0,1]\n", "idx 2: n is not the number of votes"),
-        ("[99,0,0,0,0,0,0,0,0,0,320]\n", ""),
-    ):
-        votes.write_text("".join([*lines[:2], line, *lines[3:]]))
-        if message:
-            assert message in refused(*SMALL, "--out", out)
-        else:  # the votes of an example without a line in the log: both are dropped
-            assert "1 examples certified" in call(*SMALL, "--out", out)[2]
-    out.write_text(log.replace("\n3\t", "\n3"))
-    assert "small.tsv, line 5 is damaged" in refused(*SMALL, "--out", out)
-    out.write_text(log.replace("idx", "index"))
-    assert "line 1: expected the columns" in refused(*SMALL, "--out", out)
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [(b'"radius":', b'"Radius":'), (b'"n":320', b'"n":321'), (b'"idx":', b'"idx":9')],
+)
+def test_damage_inside_a_journal_is_named(reference, tmp_path, old, new):
+    """Any changed byte of a line, by its checksum."""
+    out = unfinished(reference, tmp_path, 10**6)
+    journal = pathlib.Path(f"{out}.journal")
+    lines = journal.read_bytes().splitlines(keepends=True)
+    lines[3] = lines[3].replace(old, new)
+    journal.write_bytes(b"".join(lines))
+    assert "small.tsv.journal, line 4 is damaged" in refused(*SMALL, "--out", out)
+    # A log or record that was lost is written again from the journal.
+    whole = unfinished(reference, tmp_path, 10**6)
+    assert "0 examples certified" in call(*SMALL, "--out", whole)[2]
+    assert without_time(whole) == without_time(reference)
 
 
 def test_ctrl_c_says_how_to_go_on(reference, tmp_path, monkeypatch):
-    calls, certify_group = [], runner._certify_group
+    calls, certify_group = [], jobs._certify_group
 
     def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        certify_group(*arguments)
+        return certify_group(*arguments)
 
-    monkeypatch.setattr(runner, "_certify_group", interrupted)
+    monkeypatch.setattr(jobs, "_certify_group", interrupted)
     assert "the same command continues" in refused(
         *SMALL, "--out", tmp_path / "small.tsv", code=130
     )
@@ -531,18 +659,18 @@ def test_kill_9_twice(tmp_path):
         "200",
         *ENGINE,
     ]
-    out = tmp_path / "killed.tsv"
+    out, journal = tmp_path / "killed.tsv", tmp_path / "killed.tsv.journal"
     kept, environment = 0, os.environ | {"OMP_NUM_THREADS": "1"}
     for _ in range(2):
         command = [sys.executable, "-m", "lib", *arguments, "--out", str(out)]
         process = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL, env=environment)
         while process.poll() is None and (
-            not out.exists() or out.read_bytes().count(b"\n") < kept + 5
+            not journal.exists() or journal.read_bytes().count(b"\n") < kept + 6
         ):
             time.sleep(0.002)
         process.kill()
         assert process.wait() == -9
-        now = out.read_bytes().count(b"\n") - 1
+        now = journal.read_bytes().count(b"\n") - 1
         assert kept < now < 200
         kept = now
     done(*arguments, "--out", out)
@@ -606,20 +734,16 @@ def test_a_report_in_every_form(reference, tmp_path):
 
 def test_info(reference, tmp_path):
     found = json.loads(done("info", f"{reference}.npz", "--json"))
-    assert (found["kind"], found["examples"], found["votes"], found["sigma"]) == (
-        "record",
-        12,
-        12 * 320,
-        0.5,
-    )
+    assert (found["kind"], found["examples"], found["votes"]) == ("record", 12, 12 * 320)
+    assert found["noise"] == {"name": "Gaussian", "sigma": 0.5}
     done(*SMALL, "--sampler", "iss", "--out", tmp_path / "iss.tsv")
     found = json.loads(done("info", tmp_path / "iss.tsv.npz", "--json"))
-    assert [found[name] for name in ("kind", "decline kind", "draws", "noise")] == [
-        "record",
-        "absolute",
-        "fresh",
-        "Gaussian",
-    ]
+    assert found["sampler"] == {
+        "name": "iss", "n0": 20, "n": 300, "alpha": 0.001,
+        "decline": 0.05, "kind": "absolute", "reuse": False,
+    }  # fmt: skip
+    assert found["fixed_draws"] is False
+    assert json.loads(done("info", f"{reference}.journal", "--json"))["examples"] == 12
     found = json.loads(
         done("info", ROOT / "data/models/digits-cnn-sigma0.50.safetensors", "--json")
     )
@@ -631,7 +755,7 @@ def test_info(reference, tmp_path):
     assert json.loads(done("info", PUBLISHED, "--json"))["examples"] == 500
     torch.save({"arch": "mlp", "state_dict": {}}, tmp_path / "c.tar")
     assert "missing: 1.weight" in refused("info", tmp_path / "c.tar", "--data", "digits")
-    assert "sigma            0.5" in done("info", f"{reference}.npz")
+    assert "noise            Gaussian, sigma 0.5" in done("info", f"{reference}.npz")
 
 
 # ------------------------------------------------------------------ train
@@ -642,15 +766,15 @@ TRAIN = ["train", "--architecture", "mlp", "--sigma", "0.25", "--epochs", "3", "
 
 def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
     done(*TRAIN, "--out", tmp_path / "whole.safetensors")
-    out, watch, calls = tmp_path / "cut.safetensors", cli._noisy_accuracy, []
+    out, watch, calls = tmp_path / "cut.safetensors", training.noisy_accuracy, []
 
-    def interrupted(*arguments):
+    def interrupted(*arguments, **named):
         calls.append(1)
         if len(calls) in (2, 3):  # after the second epoch, and in the next run after the third
             raise KeyboardInterrupt
-        return watch(*arguments)
+        return watch(*arguments, **named)
 
-    monkeypatch.setattr(cli, "_noisy_accuracy", interrupted)
+    monkeypatch.setattr(training, "noisy_accuracy", interrupted)
     assert "the same command continues" in refused(*TRAIN, "--out", out, code=130)
     assert load_checkpoint(out)[1]["epoch"] == 1
     assert "lr = 0.1, not 0.2" in refused(*TRAIN, "--lr", 0.2, "--out", out)
@@ -659,10 +783,12 @@ def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
     (model, header), whole = load_checkpoint(out), load_checkpoint(tmp_path / "whole.safetensors")
     assert model_hash(model) == model_hash(whole[0])
     assert header == whole[1]
-    assert header["test_noisy_accuracy"] > 0.5
+    assert header["noisy_accuracy"] > 0.5
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "cut.safetensors",
+        "cut.safetensors.csv",
         "whole.safetensors",
+        "whole.safetensors.csv",
     ]
     assert json.loads(done(*TRAIN, "--out", out, "--json"))["epoch"] == 3
     assert "sigma = 0.25, not 0.5" in refused(*TRAIN, "--sigma", 0.5, "--out", out)
@@ -673,15 +799,15 @@ def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
     [("--augment", True), ("", False), ("--data cifar10 --data-path data.npz", True)],
 )
 def test_training_is_told_what_was_asked(tmp_path, monkeypatch, options, augment):
-    told, fit = {}, cli.fit
+    told, fit = [], training.fit
     monkeypatch.chdir(tmp_path)
     made_up_cifar10(tmp_path / "data.npz")
 
     def spy(*arguments, **named):
-        told.update(named)
+        told.append(arguments[5])
         return fit(*arguments, **named)
 
-    monkeypatch.setattr(cli, "fit", spy)
+    monkeypatch.setattr(training, "fit", spy)
     asked = [
         "--epochs",
         1,
@@ -699,11 +825,11 @@ def test_training_is_told_what_was_asked(tmp_path, monkeypatch, options, augment
     expected = {
         "seed": 3,
         "average": 0.9,
-        "dtype": torch.bfloat16,
+        "dtype": "bfloat16",
         "weight_decay": 0,
         "augment": augment,
     }
-    assert {name: told[name] for name in expected} == expected
+    assert {name: getattr(told[0], name) for name in expected} == expected
 
 
 def test_a_training_that_failed_may_be_corrected(tmp_path):
@@ -759,6 +885,11 @@ def test_a_trained_network_is_certified(tmp_path):
         (
             "certify digits-cnn-sigma0.50 --sigma 1 --data cifar10 --data-path nowhere --out x",
             1,
+            "data must be digits",
+        ),
+        (
+            "certify cifar10-resnet20-sigma0.50-seed0 --sigma 1 --data-path nowhere --out x",
+            1,
             "nowhere does not exist",
         ),
         (
@@ -767,6 +898,7 @@ def test_a_trained_network_is_certified(tmp_path):
             "device must be one that is here",
         ),
         ("certify digits-cnn-sigma0.50 --sigma 1", 2, "--out"),
+        ("certify digits-cnn-sigma0.50 --out x", 2, "noise Gaussian needs --sigma"),
         ("certify digits-cnn-sigma0.50 --sigma 1 --sampler none --out x", 2, "--sampler"),
         ("report nowhere.tsv", 1, "nowhere.tsv does not exist"),
         ("report README.md", 1, "lacks the column(s) idx"),

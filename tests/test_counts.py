@@ -11,8 +11,8 @@ from scipy.stats import binom, chisquare, hypergeom, multivariate_hypergeom
 
 from lib.certify import certify
 from lib.counts import RecordedCounts, SimulatedCounts
-from lib.noise import Gaussian
-from lib.store.records import load_counts, save_counts
+from lib.noise import PURPOSES, Gaussian, purpose_stream
+from lib.store.records import Record, load_counts, save_counts
 
 VOTES = [6, 3, 1]
 COPIES = 20_000
@@ -72,7 +72,7 @@ def test_two_stages_jointly():
 def test_draws_add_up_to_the_record(votes, seed, data):
     """In any number of calls of any sizes, zeros among them, until nothing is left."""
     votes = np.array(votes)
-    replay, total = RecordedCounts(votes, seed=seed), np.zeros_like(votes)
+    replay, total = RecordedCounts(votes, seed=seed, fixed=True), np.zeros_like(votes)
     for _ in range(data.draw(st.integers(0, 3))):
         left = replay.remaining.sum(axis=1)
         n = np.array([data.draw(st.integers(0, int(m))) for m in left])
@@ -87,7 +87,7 @@ def test_draws_add_up_to_the_record(votes, seed, data):
 
 
 def test_an_exhausted_record_is_an_error_and_draws_nothing():
-    replay = RecordedCounts([[6, 4], [60, 40]])
+    replay = RecordedCounts([[6, 4], [60, 40]], fixed=True)
     replay.draw(8)
     left = replay.remaining.copy()
     with pytest.raises(ValueError, match=r"exhausted: n = 3 draws asked of example 0, 2 left"):
@@ -101,41 +101,77 @@ def test_an_exhausted_record_is_an_error_and_draws_nothing():
 
 def test_an_examples_draws_hang_on_its_index_and_seed_alone():
     votes = np.random.default_rng(0).integers(0, 1000, (6, 4))
-    together = RecordedCounts(votes, seed=3)
+    together = RecordedCounts(votes, seed=3, fixed=True)
     whole = [together.draw(50), together.draw(100)]
     order = [5, 1, 2]
-    some = RecordedCounts(votes[order], seed=3, index=order)
+    some = RecordedCounts(votes[order], seed=3, index=order, fixed=True)
     for drawn in whole:
         np.testing.assert_array_equal(some.draw(drawn[0].sum()), drawn[order])
     # Asking nothing of the other examples changes nothing either.
-    lone = RecordedCounts(votes, seed=3)
+    lone = RecordedCounts(votes, seed=3, fixed=True)
     np.testing.assert_array_equal(lone.draw([0, 50, 0, 0, 0, 0])[1], whole[0][1])
     np.testing.assert_array_equal(lone.draw([0, 100, 0, 0, 0, 0])[1], whole[1][1])
-    assert (RecordedCounts(votes, seed=4).draw(50) != whole[0]).any()
+    assert (RecordedCounts(votes, seed=4, fixed=True).draw(50) != whole[0]).any()
 
 
 def test_a_record_is_replayed_as_it_was_saved(tmp_path):
     """Counts, indices and the noise that they were drawn under, from the file alone."""
-    votes, index = np.random.default_rng(0).integers(0, 1000, (3, 4)), np.array([5, 1, 2])
-    save_counts(
-        tmp_path / "r.npz",
-        votes,
-        index,
-        [0, 0, 0],
-        sigma=np.array([0.5, 0.25, 1.0]),
-        seed=np.int64(3),
-    )
-    record = load_counts(tmp_path / "r.npz", seed=3)
+    votes, index = np.random.default_rng(0).multinomial(900, [0.2] * 5, 3), np.array([5, 1, 2])
+    noise = Gaussian(np.array([0.5, 0.25, 1.0]))
+    path, header = tmp_path / "r.npz", {"noise": noise.describe(), "seed": np.int64(3)}
+    save_counts(path, votes, index, [0, 0, 0], **header)
+    record = load_counts(path, seed=3, noise=noise.describe())
     replay = RecordedCounts(record, seed=7)
     np.testing.assert_array_equal(
         replay.draw(50), RecordedCounts(votes, seed=7, index=index).draw(50)
     )
-    np.testing.assert_array_equal(replay.noise.sigma, [0.5, 0.25, 1.0])
-    assert RecordedCounts(dataclasses.replace(record, header={})).noise is None
-    assert (
-        RecordedCounts(dataclasses.replace(record, header={"noise": "Uniform", "sigma": 1})).noise
-        is None
-    )
+    assert replay.noise == noise
+
+
+def test_a_record_of_an_unknown_noise_is_refused():
+    """Its votes would be certified as those of a noise that was never drawn."""
+    record = Record(np.array([[90, 10]]), np.arange(1), np.zeros(1, int), {})
+    with pytest.raises(ValueError, match="does not say the noise"):
+        RecordedCounts(record)
+    described = {"noise": {"name": "Uniform of a user", "lam": 1.0}}
+    with pytest.raises(ValueError, match="noise must be one of Gaussian"):
+        RecordedCounts(dataclasses.replace(record, header=described))
+    under = {"noise": Gaussian(0.5).describe()}
+    replay = RecordedCounts(dataclasses.replace(record, header=under))
+    with pytest.raises(ValueError, match="noise must be the one that the votes were drawn under"):
+        certify(replay, Gaussian(0.25), n0=10, n=90, alpha=0.05)
+
+
+def test_what_an_adaptive_sampler_left_is_not_replayed():
+    """Its number of draws hung on the votes: 1.086 alpha at n0 = 20, n = 180 where live .935."""
+    header = {"noise": Gaussian(0.5).describe(), "sampler": {"name": "iss"}}
+    equal = Record(np.array([[90, 10], [60, 40]]), np.arange(2), np.zeros(2, int), header)
+    with pytest.raises(ValueError, match="fixed beforehand"):
+        RecordedCounts(equal)
+    with pytest.raises(ValueError, match="fixed beforehand"):
+        RecordedCounts(dataclasses.replace(equal, header=header | {"fixed_draws": False}))
+    RecordedCounts(dataclasses.replace(equal, header=header | {"fixed_draws": True}))
+    with pytest.raises(ValueError, match="fixed beforehand"):
+        RecordedCounts([[90, 10], [60, 41]])
+    RecordedCounts([[90, 10], [60, 41]], fixed=True)
+
+
+def test_replay_simulation_and_noise_share_no_stream():
+    """Equal seeds, equal indices: a simulation that feeds a replay is independent of it."""
+    votes = SimulatedCounts(np.tile([0.5, 0.5], (4000, 1)), seed=0).draw(200)
+    first = RecordedCounts(votes, seed=0, index=np.zeros(4000, int)).draw(20)[:, 0]
+    again = RecordedCounts(votes, seed=0).draw(20)[:, 0]
+    rest = votes[:, 0] - again
+    # Given the record, the first 20 and the rest are only as dependent as they must be.
+    slope = np.cov(again, rest)[0, 1] / np.var(rest)
+    assert abs(slope) < 4.5 * np.sqrt(5 / 45 / 4000)
+    assert (first == again).mean() < 0.5
+    states = {tuple(np.random.SeedSequence([0, 0]).generate_state(4))}
+    states |= {
+        tuple(purpose_stream(purpose, 0, 0).bit_generator.seed_seq.generate_state(4))
+        for purpose in PURPOSES
+    }
+    assert len(states) == 1 + len(PURPOSES)
 
 
 def test_equal_examples_are_drawn_independently():

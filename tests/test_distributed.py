@@ -13,8 +13,10 @@ import pytest
 import torch
 from test_cli import ENGINE, ROOT, done, one_thread, without_time
 
-from lib.engine import jobs as runner
+from lib.engine import jobs
 from lib.noise import Gaussian
+from lib.samplers import Certify
+from lib.store.journal import read_journal
 
 __all__ = ["one_thread"]  # a fixture, used by itself
 TORCHRUN = [
@@ -75,34 +77,30 @@ def test_two_processes_give_the_result_of_one_also_when_one_is_killed(tmp_path):
     done(*JOB, "--out", tmp_path / "one.tsv")
     killed = tmp_path / "killed.tsv"
     torchrun = start(killed)
-    wait_for_lines(tmp_path / "killed.tsv.part1", 4, torchrun)
+    wait_for_lines(tmp_path / "killed.tsv.journal.part1", 4, torchrun)
     os.kill(processes(torchrun.pid)[1], signal.SIGKILL)
     said = torchrun.communicate(timeout=120)[0]
     assert torchrun.returncode != 0, said
-    finished = sum(
-        path.read_bytes().count(b"\n") - 1 for path in tmp_path.glob("killed.tsv.part[01]")
-    )
+    journals = [tmp_path / f"killed.tsv.journal{end}" for end in ("", ".part1")]
+    entries = [entry for path in journals for entry in read_journal(path)[1].values()]
+    finished = len(entries)
     assert 3 <= finished < 60, said
-    # The rest by two processes again. What was finished is not counted a second time: its lines, time included, are kept.
-    lines = [
-        line
-        for path in tmp_path.glob("killed.tsv.part[01]")
-        for line in path.read_text().splitlines(keepends=True)
-    ]
-    kept = {line for line in lines if line.endswith("\n")}
+    # The rest by two processes again. What was finished is not counted a second time: its entries,
+    # time included, are kept.
     torchrun = start(killed)
     said = torchrun.communicate(timeout=120)[0]
     assert torchrun.returncode == 0, said
     lost = re.search(r"(\d+) examples certified in .*, (\d+) were done before", said)
     assert int(lost[1]) + int(lost[2]) == 60
     assert int(lost[2]) == finished
-    assert kept <= set(killed.read_text().splitlines(keepends=True))
+    again = read_journal(tmp_path / "killed.tsv.journal")[1]
+    assert all(again[entry["idx"]] == entry for entry in entries)
     assert without_time(killed) == without_time(tmp_path / "one.tsv")
     assert (tmp_path / "killed.tsv.npz").read_bytes() == (tmp_path / "one.tsv.npz").read_bytes()
     assert sorted(path.name for path in tmp_path.glob("killed*")) == [
         "killed.tsv",
+        "killed.tsv.journal",
         "killed.tsv.npz",
-        "killed.tsv.settings.json",
     ]
 
 
@@ -111,7 +109,7 @@ def test_one_process_finishes_what_two_began(tmp_path):
     done(*JOB, "--out", tmp_path / "one.tsv")
     out = tmp_path / "begun.tsv"
     torchrun = start(out)
-    wait_for_lines(tmp_path / "begun.tsv.part0", 4, torchrun)
+    wait_for_lines(tmp_path / "begun.tsv.journal.part1", 4, torchrun)
     children = processes(torchrun.pid)
     torchrun.kill()
     for child in children.values():
@@ -136,30 +134,20 @@ def test_a_process_with_other_settings_is_refused(tmp_path, monkeypatch):
             pass
 
         def agree(self, name, function):
-            return {"settings": job.settings | {"sigma": 0.25}, "engine": {}, "todo": [0]}
+            noise = {"noise": Gaussian(0.25).describe()}
+            return {"settings": job.settings | noise, "engine": {}, "todo": [0]}
 
-    monkeypatch.setattr(runner, "_Group", Group)
+    monkeypatch.setattr(jobs, "_Group", Group)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     network, images = torch.nn.Linear(1, 2), torch.zeros(1, 1, 1, 1)
-    job = runner.Job(
-        network,
-        "",
-        images,
-        np.zeros(1),
-        np.arange(1),
-        None,
-        Gaussian(0.5),
-        0,
-        10,
-        tmp_path / "x.tsv",
-        {},
-        {},
+    job = jobs.Job(
+        network, "", images, np.zeros(1, int), [0], Certify(), Gaussian(0.5), 0, tmp_path / "x.tsv"
     )
     with pytest.raises(
         ValueError, match=r"rank 1 has other settings than rank 0: sigma = 0\.25, not 0\.5"
     ):
-        runner.run(job)
+        jobs.run(job)
 
 
 def test_two_processes_end_together_where_one_fails(tmp_path):

@@ -12,7 +12,7 @@ from lib.data import load
 from lib.losses import GaussianLoss
 from lib.models import build, model_hash
 from lib.noise import Gaussian
-from lib.train import crop_and_flip, fit, one_cycle
+from lib.train import Schedule, crop_and_flip, fit, one_cycle
 
 NOISE = Gaussian(0.25)
 
@@ -48,7 +48,9 @@ def test_gaussian_loss_by_hand():
         log_p = torch.log_softmax(model(noisy), dim=1)
         plain = -log_p[torch.arange(5), y].mean()
         for smoothing, expected in ((0.0, plain), (0.1, 0.9 * plain - 0.1 * log_p.mean())):
-            found = GaussianLoss(smoothing)(model, x, y, NOISE, torch.Generator().manual_seed(4))
+            found = GaussianLoss(smoothing=smoothing)(
+                model, x, y, NOISE, torch.Generator().manual_seed(4)
+            )
             torch.testing.assert_close(found, expected)
 
 
@@ -99,7 +101,7 @@ def test_crop_and_flip_gives_a_window_of_the_reflected_image():
 def test_training_learns_and_says_how(digits):
     model = network()
     history = fit(
-        model, *digits, GaussianLoss(), Gaussian(0.1), epochs=12, lr=0.1, batch=32, progress=False
+        model, *digits, GaussianLoss(), Gaussian(0.1), Schedule(12, 0.1, 32), progress=False
     )
     assert [h["epoch"] for h in history] == list(range(1, 13))
     assert history[-1]["loss"] < 0.3 * history[0]["loss"]
@@ -128,9 +130,12 @@ def test_the_optimizer_and_its_schedule_by_hand():
         "batch": 2,
         "momentum": 0.8,
         "weight_decay": 0.1,
-        "progress": False,
     }
-    fit(model, x, y, lambda model, *others: model.w.square().sum() / 2, NOISE, **settings)
+
+    def loss(model, *others):
+        return model.w.square().sum() / 2
+
+    fit(model, x, y, loss, NOISE, Schedule(**settings), progress=False)
     for step in range(10):
         share = (step + 0.5) / 10
         rate = 0.3 * min(share / 0.2, (1 - share) / 0.8)
@@ -149,7 +154,7 @@ def test_each_epoch_sees_every_image_once_in_an_order_of_its_own(digits):
         draws.append(torch.randn(4, generator=generator).numpy())
         return GaussianLoss()(model, x, y, noise, generator)
 
-    fit(network(), *digits, spy, NOISE, epochs=3, batch=32, progress=False)
+    fit(network(), *digits, spy, NOISE, Schedule(3, batch=32), progress=False)
     epochs = np.concatenate(seen).reshape(3, 320, 64)
     expected = np.unique(digits[0].reshape(320, 64).numpy(), axis=0, return_counts=True)
     for epoch in epochs:
@@ -167,7 +172,7 @@ def test_training_twice_gives_the_same_weights_and_another_seed_others(digits):
     for model, seed in zip(models, (1, 1, 2), strict=True):
         # The global generator must not matter.
         torch.manual_seed(np.random.SeedSequence().entropy % 2**32)
-        fit(model, *digits, GaussianLoss(), NOISE, epochs=2, seed=seed, progress=False)
+        fit(model, *digits, GaussianLoss(), NOISE, Schedule(2, seed=seed), progress=False)
     first, again, other = map(model_hash, models)
     assert first == again != other
 
@@ -175,9 +180,9 @@ def test_training_twice_gives_the_same_weights_and_another_seed_others(digits):
 @pytest.mark.parametrize("average", [None, 0.9])
 def test_a_resumed_training_ends_in_the_same_weights(digits, tmp_path, average):
     """Stopped after the second epoch of four, as by a kill, and started again from its state file."""
-    settings = {"epochs": 4, "batch": 32, "average": average, "augment": True, "progress": False}
+    schedule = Schedule(4, batch=32, average=average, augment=True)
     whole, stopped, resumed = network(), network(), network(seed=7)
-    expected = fit(whole, *digits, GaussianLoss(), NOISE, **settings)
+    expected = fit(whole, *digits, GaussianLoss(), NOISE, schedule, progress=False)
 
     def stop(model, history):
         if len(history) == 2:
@@ -189,30 +194,44 @@ def test_a_resumed_training_ends_in_the_same_weights(digits, tmp_path, average):
             *digits,
             GaussianLoss(),
             NOISE,
+            schedule,
             state=tmp_path / "state",
+            progress=False,
             after_epoch=stop,
-            **settings,
         )
-    found = fit(resumed, *digits, GaussianLoss(), NOISE, state=tmp_path / "state", **settings)
+    found = fit(
+        resumed, *digits, GaussianLoss(), NOISE, schedule, state=tmp_path / "state", progress=False
+    )
     assert found == expected
     assert model_hash(resumed) == model_hash(whole)
 
 
 def test_a_state_of_another_training_is_refused(digits, tmp_path):
     x, y = digits
-    given = {"epochs": 1, "batch": 32, "state": tmp_path / "state", "progress": False}
-    fit(network(), x, y, GaussianLoss(), NOISE, **given)
+    usual = {"epochs": 1, "batch": 32}
+
+    def trained(model=None, x=x, y=y, loss=None, noise=NOISE, **changed):
+        fit(
+            model or network(),
+            x,
+            y,
+            loss or GaussianLoss(),
+            noise,
+            Schedule(**usual | changed),
+            state=tmp_path / "state",
+            progress=False,
+        )
+
+    trained()
     others = {
-        "lr": lambda: fit(network(), x, y, GaussianLoss(), NOISE, lr=0.2, **given),
-        "weight_decay": lambda: fit(
-            network(), x, y, GaussianLoss(), NOISE, weight_decay=0.0, **given
-        ),
-        "seed": lambda: fit(network(), x, y, GaussianLoss(), NOISE, seed=1, **given),
-        "noise": lambda: fit(network(), x, y, GaussianLoss(), Gaussian(0.7), **given),
-        "loss": lambda: fit(network(), x, y, GaussianLoss(0.1), NOISE, **given),
-        "labels": lambda: fit(network(), x, (y + 1) % 10, GaussianLoss(), NOISE, **given),
-        "images": lambda: fit(network(), 1 - x, y, GaussianLoss(), NOISE, **given),
-        "model": lambda: fit(build("small_cnn", "digits"), x, y, GaussianLoss(), NOISE, **given),
+        "lr": lambda: trained(lr=0.2),
+        "weight_decay": lambda: trained(weight_decay=0.0),
+        "seed": lambda: trained(seed=1),
+        "noise": lambda: trained(noise=Gaussian(0.7)),
+        "loss": lambda: trained(loss=GaussianLoss(smoothing=0.1)),
+        "labels": lambda: trained(y=(y + 1) % 10),
+        "images": lambda: trained(x=1 - x),
+        "model": lambda: trained(build("small_cnn", "digits")),
     }
     for name, call in others.items():
         with pytest.raises(ValueError, match=f"is of a training with {name} = "):
@@ -229,11 +248,12 @@ def test_a_state_of_a_loss_with_other_parameters_is_refused(digits, tmp_path):
         def __call__(self, *arguments):
             return self.factor * GaussianLoss()(*arguments)
 
-    given = {"epochs": 1, "batch": 32, "state": tmp_path / "state", "progress": False}
-    fit(network(), *digits, Scaled(1.0), NOISE, **given)
-    fit(network(), *digits, Scaled(1.0), NOISE, **given)
+    given = {"state": tmp_path / "state", "progress": False}
+    schedule = Schedule(1, batch=32)
+    fit(network(), *digits, Scaled(1.0), NOISE, schedule, **given)
+    fit(network(), *digits, Scaled(1.0), NOISE, schedule, **given)
     with pytest.raises(ValueError, match="is of a training with loss = "):
-        fit(network(), *digits, Scaled(2.0), NOISE, **given)
+        fit(network(), *digits, Scaled(2.0), NOISE, schedule, **given)
 
 
 def test_averaged_weights_are_the_moving_average(digits):
@@ -247,12 +267,11 @@ def test_averaged_weights_are_the_moving_average(digits):
         y,
         GaussianLoss(),
         NOISE,
-        epochs=15,
-        batch=32,
+        Schedule(15, batch=32),
         progress=False,
         after_epoch=lambda m, h: path.append(copy.deepcopy(m.state_dict())),
     )
-    fit(model, x, y, GaussianLoss(), NOISE, epochs=15, batch=32, average=0.5, progress=False)
+    fit(model, x, y, GaussianLoss(), NOISE, Schedule(15, batch=32, average=0.5), progress=False)
     mean = {k: v.clone() for k, v in expected.state_dict().items()}
     for step, weights in enumerate(path):
         decay = min(0.5, (1 + step) / (10 + step))
@@ -268,10 +287,43 @@ def test_training_in_bfloat16_learns_too(digits):
         *digits,
         GaussianLoss(),
         Gaussian(0.1),
-        epochs=8,
-        lr=0.1,
-        dtype=torch.bfloat16,
+        Schedule(8, 0.1, dtype="bfloat16"),
         progress=False,
     )
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def test_each_image_is_trained_under_its_own_sigma(digits):
+    """Noise of one level per image follows the images through the shuffled batches."""
+    x, y = digits
+    sigmas = np.linspace(0.1, 1.0, len(x))
+    level = {image.numpy().tobytes(): s for image, s in zip(x, sigmas, strict=True)}
+    seen = []
+
+    def spy(model, images, labels, noise, generator):
+        found = [level[image.contiguous().numpy().tobytes()] for image in images]
+        np.testing.assert_array_equal(noise.sigma, found)
+        seen.extend(found)
+        return GaussianLoss()(model, images, labels, noise, generator)
+
+    unique = np.unique(x.flatten(1).numpy(), axis=0, return_index=True)[1]
+    kept = np.sort(unique)
+    noise = Gaussian(sigmas[kept])
+    fit(network(), x[kept], y[kept], spy, noise, Schedule(1, batch=32), progress=False)
+    assert len(seen) == len(kept) // 32 * 32
+    with pytest.raises(ValueError, match="noise must have one level, or"):
+        fit(network(), x[kept[:-1]], y[kept[:-1]], spy, noise, Schedule(1), progress=False)
+
+
+def test_a_loss_may_warm_up(digits):
+    """A loss with a method `at` is asked once per epoch for the loss of that fraction."""
+    asked = []
+
+    class Warm:
+        def at(self, progress):
+            asked.append(progress)
+            return GaussianLoss()
+
+    fit(network(), *digits, Warm(), NOISE, Schedule(4, batch=64), progress=False)
+    assert asked == [0.25, 0.5, 0.75, 1.0]

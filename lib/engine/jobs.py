@@ -1,14 +1,11 @@
-"""Certification that survives anything: resumed after a kill, sharded over processes, each example's result on disk as soon as it is known.
+"""Runs that survive anything: resumed after a kill, sharded over processes, continued later.
 
 Files of a run with log OUT:
-  OUT                  the field's log, one line an example (column n: draws used)
-  OUT.votes            one JSON line an example, [index, votes of class 0, 1, ...]; gone when the run is complete
-  OUT.npz              the record (lib.records), once the run is complete
-  OUT.settings.json    what the run was started with, which a resumed run must match
-  OUT.part0, ...       of several processes: each one's log and votes, merged into the files above
-
-An example counts as done when both its lines are whole. Lines are appended and synced, so that a kill tears at most the last one, which is
-dropped and done again.
+  OUT.journal         the run itself (lib.store.journal): one line per finished example, with its
+                      certificate and the votes of each stage; OUT.journal.part1, ... of the other
+                      processes of a run, taken over when it ends or is started again
+  OUT, OUT.npz        the log and the record of all votes, written from the journal at the end
+A run that only records votes has no log, and no journal once its record is written.
 """
 
 import contextlib
@@ -26,38 +23,39 @@ import torch
 from torch.distributed.rendezvous import rendezvous
 from tqdm.auto import tqdm
 
-from lib.checks import difference
+from lib.checks import check_labels, check_request, difference
 from lib.data import content_hash
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import has_compiler
 from lib.engine.live import ModelCounts
 from lib.models import model_hash
-from lib.store.files import write_atomically
-from lib.store.logs import LOG_COLUMNS, log_line
+from lib.store.journal import Journal
+from lib.store.logs import journal_table, write_log
 from lib.store.records import load_counts, save_counts
 
-try:
-    import fcntl
-except ImportError:  # Windows has no such lock; there two runs of one log are not told apart
-    fcntl = None
-
 messages = logging.getLogger("lib")
-HEADER = "\t".join([*LOG_COLUMNS, "n"]) + "\n"
-BLOCKS = 20  # full blocks a group of examples should fill, so that the padding of its last one is lost in the rest
+BLOCKS = 20  # full blocks a group of examples should fill, so that the padding of its last is lost
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
     """What to certify.
 
-    model  : nn.Module; name: what it is called in the record. labels: int64 [N] of the whole data set.
-    images : float32 [N, channels, height, width] in [0, 1], or any object with len() and content_hash() that gives as much when indexed by
-             an int array.
-    index  : int [B], the examples to certify, ascending. sampler: (counts) -> Certificates.
-    noise  : smoothing distribution. seed: of the noise. draws: the most that the sampler takes of an example.
-    out    : path of the log. settings: flat dict of what else determines the result (the sampler's arguments; the network, images, noise,
-             seed and draws are added to it), compared when the run is resumed, and kept in the record.
-    engine : arguments of BaseClassifier (device, dtype, block, layout, compile, calibrate), None or "auto" where it is to choose.
+    - model: nn.Module; name: what it is called in the record.
+    - images: float32 [N, channels, height, width] in [0, 1], or any object with len() and
+      content_hash() that gives as much when indexed by an int array.
+    - labels: int64 [N] of the whole data set.
+    - index: int [B], the examples to certify, ascending.
+    - sampler: as those of lib.samplers (first, most, fixed, describe(), and a call).
+    - noise: smoothing distribution, of one level or one per example of `index`.
+    - seed: of the noise.
+    - out: path of the log.
+    - settings: flat dict of what else is to be kept in the record and compared when the run is
+      resumed (data set, split, ...).
+    - engine: arguments of BaseClassifier (device, dtype, block, layout, compile, ...), None or
+      "auto" where it is to choose.
+
+    Raises ValueError naming index or labels.
     """
 
     model: torch.nn.Module
@@ -68,28 +66,43 @@ class Job:
     sampler: object
     noise: object
     seed: int
-    draws: int
     out: pathlib.Path
-    settings: dict
-    engine: dict
+    settings: dict = dataclasses.field(default_factory=dict)
+    engine: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
+        size = len(self.images)
+        index = check_labels(self.index, len(self.index), "index", size)
+        if (np.diff(index) <= 0).any():
+            raise ValueError("index must be ascending, each example once")
+        if self.noise.size not in (None, len(index)):
+            raise ValueError(
+                f"noise must have one level, or {len(index)}, one per example of index; "
+                f"got {self.noise.size}"
+            )
         known = {
             "model_sha256": model_hash(self.model),
             "data_sha256": content_hash(self.images),
-            "noise": type(self.noise).__name__,
+            "noise": self.noise.describe(),
+            "sampler": self.sampler.describe(),
+            "fixed_draws": self.sampler.fixed,
+            "seed": self.seed,
         }
-        object.__setattr__(
-            self,
-            "settings",
-            self.settings
-            | known
-            | vars(self.noise)
-            | {"seed": self.seed, "most_draws": self.draws},
-        )
+        object.__setattr__(self, "index", index)
+        object.__setattr__(self, "labels", check_labels(np.asarray(self.labels), size, "labels"))
+        object.__setattr__(self, "out", pathlib.Path(self.out))
+        object.__setattr__(self, "settings", self.settings | known)
+
+    @property
+    def certifies(self):
+        """Whether the run makes certificates, or only records votes."""
+        return getattr(self.sampler, "certifies", True)
 
     def path(self, suffix):
         return self.out.with_name(self.out.name + suffix)
+
+    def shape(self):
+        return tuple(self.images[self.index[:1]].shape[1:])
 
 
 def rank():
@@ -98,40 +111,52 @@ def rank():
 
 
 def run(job):
-    """Certify what is not yet certified; returns how many examples this call did (all processes together).
+    """Certify what is not yet certified; returns how many examples all processes did.
 
-    Started again after a kill, with as many processes or others, it goes on where it stopped; the finished log and record are the same
-    in all cases but for the log's time column. Raises ValueError naming the setting in which a run on disk differs from this one, and on
+    Started again after a kill, with as many processes or others, it continues where it stopped. The
+    finished log and record are the same in all cases but for the log's time column. A finished run
+    continues with more examples, and under a sampler of fixed draws with more draws: the result is
+    that of a run with as many from the start. Whether to continue must not be decided by what was
+    certified, else alpha does not hold.
+
+    Raises ValueError naming the setting in which a run on disk differs from this one, and on
     damaged files; OSError where the disk fails.
     """
     me, processes = rank()
+    if processes == 1:
+        with _opened(job) as (journal, plan):
+            _work(job, plan, journal, plan["todo"])
+            _finish(job, journal)
+        return len(plan["todo"])
+    group = _Group(me, processes)
     with contextlib.ExitStack() as stack:
-        if processes == 1:
-            state = _prepare(job, stack)
-            _work(job, state, job.out, range(len(state["todo"])))
-            _merge(job, complete=True)
-        else:
-            group = _Group(me, processes)
-            state = group.agree("prepared", lambda: _prepare(job, stack))
-            if job.settings != state["settings"]:
-                raise ValueError(
-                    f"rank {me} has other settings than rank 0: {difference(state['settings'], job.settings)}"
-                )
-            torch.set_num_threads(
-                max(1, _cores() // int(os.environ.get("LOCAL_WORLD_SIZE", processes)))
-            )
-            _work(job, state, job.path(f".part{me}"), range(me, len(state["todo"]), processes))
-            group.arrive("certified")
-            group.agree("merged", lambda: len(_merge(job, complete=True)))
-            group.arrive("ended")
-    return len(state["todo"])
+        opened = {}
+
+        def prepare():
+            opened["journal"], plan = stack.enter_context(_opened(job))
+            return plan
+
+        plan = group.agree("prepared", prepare)
+        if job.settings != plan["settings"]:
+            changed = difference(plan["settings"], job.settings)
+            raise ValueError(f"rank {me} has other settings than rank 0: {changed}")
+        local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
+        torch.set_num_threads(max(1, _cores() // local))
+        journal = opened.get("journal") or stack.enter_context(
+            Journal(job.path(f".journal.part{me}"))
+        )
+        _work(job, plan, journal, plan["todo"][me::processes])
+        group.arrive("certified")
+        group.agree("merged", lambda: _finish(job, opened["journal"]))
+        group.arrive("ended")
+    return len(plan["todo"])
 
 
 class _Group:
-    """The few messages between the processes of a run, through the key-value store that torchrun keeps for them.
+    """The few messages between the processes of a run, through torchrun's key-value store.
 
-    A process group of gloo or nccl would do it, too, but has threads of its own, which now and then end a process with an abort at its exit,
-    and needs a network interface to be found on machines with several.
+    A process group of gloo or nccl would do it, too. But its threads now and then end a process
+    with an abort at its exit, and it needs a network interface to be found on machines with several.
     """
 
     def __init__(self, me, processes):
@@ -140,7 +165,7 @@ class _Group:
         self.me, self.processes = me, processes
 
     def agree(self, name, function):
-        """The result (JSON) of rank 0's call, on all ranks; its error ends all of them, and rank 0 alone reports it."""
+        """The result (JSON) of rank 0's call, on all ranks; its error ends all of them."""
         if self.me == 0:
             try:
                 result = function()
@@ -150,7 +175,7 @@ class _Group:
             self.store.set(name, json.dumps([result]))
         result = json.loads(self.store.get(name))
         if result is None:
-            raise SystemExit(1)
+            raise SystemExit(1)  # rank 0 alone reports the error
         return result[0]
 
     def arrive(self, name):
@@ -164,42 +189,80 @@ def _cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
-def _prepare(job, stack):
-    """Settings checked or written, files healed: {"settings", "engine", "todo": indices not done}. The log stays locked until `stack` ends."""
-    job.out.parent.mkdir(parents=True, exist_ok=True)
-    file = stack.enter_context(job.path(".settings.json").open("a+"))
-    _lock(file, job.out)
-    file.seek(0)
-    try:
-        old = json.loads(file.read())
-    except ValueError:
-        old = None
-    found = [
-        path
-        for path in (job.out, job.path(".votes"), job.path(".npz"), *_parts(job))
-        if path.exists()
-    ]
-    if old is None and found:
+@contextlib.contextmanager
+def _opened(job):
+    """(journal, {"settings", "engine", "todo": indices not done}) of a run, locked within."""
+    path = job.path(".journal")
+    stray = [p for p in (job.out, job.path(".npz"), *_parts(job)) if p.exists()]
+    adopt = not job.certifies and job.path(".npz").exists()
+    if not path.exists() and stray and not adopt:
         raise ValueError(
-            f"{found[0]} exists, but not how it was made ({job.out.name}.settings.json): give another --out, or move it away"
+            f"{stray[0]} exists, but not how it was made ({path.name}): give another --out, "
+            "or move it away"
         )
-    if old is None or not any(
-        len(_whole_lines(path)) > 1 for path in found if path.suffix != ".npz"
-    ):
-        # No settings, or torn ones (they are written before anything else), or those of a run that ended before its first result.
-        old = {"settings": job.settings, "engine": _choose_engine(job)}
-        file.truncate(0)
-        file.write(json.dumps(old, indent=1))
-        file.flush()
-        os.fsync(file.fileno())
-    elif old["settings"] != job.settings:
+    with Journal(path) as journal:
+        journal.absorb(_parts(job))
+        if not journal.entries:
+            journal.clear()
+            if adopt:
+                _adopt_record(job, journal)
+            else:
+                engine = _choose_engine(job)
+                made = {"model": job.name, "settings": job.settings, "engine": engine}
+                journal.begin(made)
+        _continue(job, journal)
+        yield journal, journal.made | {"todo": _todo(job, journal)}
+
+
+def _parts(job):
+    """Journals of this run's other processes."""
+    pattern = re.compile(re.escape(job.out.name) + r"\.journal\.part\d+")
+    if not job.out.parent.exists():
+        return []
+    return sorted(path for path in job.out.parent.iterdir() if pattern.fullmatch(path.name))
+
+
+def _adopt_record(job, journal):
+    """Begin the journal of a run that records votes with those of its record."""
+    record = load_counts(job.path(".npz"))
+    engine = {name: record.header.get(name) for name in _choose_engine(job)}
+    settings = {name: record.header.get(name) for name in job.settings}
+    made = {"model": record.header["model"], "settings": settings, "engine": engine}
+    journal.begin(made)
+    journal.append(
+        [
+            {"idx": int(i), "label": int(label), "votes": [record.counts[..., row, :].tolist()]}
+            for row, (i, label) in enumerate(zip(record.index, record.labels, strict=True))
+        ]
+    )
+
+
+def _continue(job, journal):
+    """Check the journal against the job, and note what the job asks beyond it."""
+    made = journal.made
+    old, new = made["settings"], job.settings
+    extended = _extends(job, old["sampler"], new["sampler"])
+    if old | ({"sampler": new["sampler"]} if extended else {}) != new:
         raise ValueError(
-            f"{job.out} was made with {difference(old['settings'], job.settings)}: use the old setting, or give another --out"
+            f"{job.out} was made with {difference(old, new)}: use the old setting, or give another "
+            "--out"
         )
-    else:
-        _check_engine(job, old["engine"])
-    done = _merge(job)
-    return old | {"todo": [int(i) for i in job.index if int(i) not in done]}
+    if foreign := sorted(set(journal.entries) - set(job.index.tolist())):
+        raise ValueError(
+            f"{job.out} holds example {foreign[0]}, which this run does not ask for: give another "
+            "--out"
+        )
+    _check_engine(job, made["engine"])
+    _check_results(job, journal)
+    if old != new:
+        journal.begin(made | {"settings": new})
+
+
+def _extends(job, old, new):
+    """Whether a sampler differs in its number of draws alone, which is fixed, and larger now."""
+    if not (job.sampler.fixed and old and "n" in new):
+        return False
+    return old | {"n": None} == new | {"n": None} and old["n"] < new["n"]
 
 
 def _check_engine(job, engine):
@@ -211,204 +274,193 @@ def _check_engine(job, engine):
     if asked.get("compiled") == "True" and not has_compiler():
         del asked["compiled"]  # the run was told so, and is eager
     for name, value in asked.items():
-        if (
-            name in engine
-            and value not in ("None", "auto")
-            and str(engine[name]).split(":")[0] != value.split(":")[0]
-        ):
+        if name not in engine or value in ("None", "auto"):
+            continue
+        if str(engine[name]).split(":")[0] != value.split(":")[0]:
             raise ValueError(
-                f"{job.out} was made with {name} = {engine[name]}, not {value}: leave it out, or give another --out"
+                f"{job.out} was made with {name} = {engine[name]}, not {value}: leave it out, or "
+                "give another --out"
             )
 
 
-def _lock(file, out):
-    if fcntl is None:
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
+def _check_results(job, journal):
+    """Refuse a log or a record beside the journal that are not this run's."""
+    record = job.path(".npz")
+    if record.exists():
+        header = load_counts(record).header
+        for name, value in journal.made["settings"].items():
+            if name != "sampler" and header.get(name) != value:
+                raise ValueError(
+                    f"{record} is of another run, with {name} = {header.get(name)!r}, not "
+                    f"{value!r}: give another --out, or move it away"
+                )
+
+
+def _done(job, entry):
+    """Whether an example has all draws that the job asks for."""
+    if not job.sampler.fixed:
+        return True
+    drawn = sum(int(_drawn(np.asarray(v)[..., None, :])[0]) for v in entry["votes"])
+    if drawn > job.sampler.most:
         raise ValueError(
-            f"{out} is being written by another process: wait for it, or give another --out"
-        ) from error
-    except OSError:
-        pass  # some network file systems know no locks
+            f"{job.out} holds {drawn} draws of example {entry['idx']}, more than the "
+            f"{job.sampler.most} of this run: ask for as many, or give another --out"
+        )
+    return drawn == job.sampler.most
+
+
+def _todo(job, journal):
+    entries = journal.entries
+    return [i for i in job.index.tolist() if i not in entries or not _done(job, entries[i])]
 
 
 def _choose_engine(job):
-    """The settings of a run, from its whole size, so that a resumed run and one of more processes count with the same ones."""
+    """The engine's settings, from the whole size of the run, so that resumed runs count alike."""
     if rank()[1] > 1:
         torch.set_num_threads(_cores())
-    probe = BaseClassifier(job.model, _shape(job), **job.engine)
-    probe.consider_compiling(len(job.index) * job.draws)
-    return probe.settings
-
-
-def _shape(job):
-    return tuple(job.images[np.array([job.index[0]])].shape[1:])
+    chosen = BaseClassifier(job.model, job.shape(), **job.engine)
+    check_labels(job.labels[job.index], len(job.index), "labels", chosen.classes)
+    chosen.consider_compiling(len(job.index) * job.sampler.most)
+    return chosen.settings
 
 
 def _device(job, engine):
     """The device asked for by number, else under torchrun each local rank its own GPU."""
     asked = str(job.engine.get("device") or engine["device"])
-    return (
-        f"cuda:{os.environ['LOCAL_RANK']}"
-        if asked == "cuda" and "LOCAL_RANK" in os.environ
-        else asked
-    )
+    several = asked == "cuda" and "LOCAL_RANK" in os.environ
+    return f"cuda:{os.environ['LOCAL_RANK']}" if several else asked
 
 
-def _work(job, state, log, mine):
-    """Certify todo[i] for i in `mine`, appending to the log and the votes beside it."""
-    if not len(mine):
-        return
-    engine = state["engine"]
+def _base(job, engine):
+    """The base classifier of a run, with the engine's settings that it was begun with."""
     base = BaseClassifier(
-        job.model, _shape(job), device=_device(job, engine), dtype=getattr(torch, engine["dtype"]), block=engine["block"],
-        layout=engine["layout"], compile=engine["compiled"],
-    )  # fmt: skip
+        job.model,
+        job.shape(),
+        device=_device(job, engine),
+        dtype=getattr(torch, engine["dtype"]),
+        block=engine["block"],
+        layout=engine["layout"],
+        compile=engine["compiled"],
+    )
     if rank()[0] == 0:
-        messages.info(
-            "counting with %s", ", ".join(f"{name} {value}" for name, value in engine.items())
-        )
+        chosen = ", ".join(f"{name} {value}" for name, value in engine.items())
+        messages.info("counting with %s", chosen)
     if base.settings != engine:
         raise ValueError(
-            f"{job.out} was made with {difference(engine, base.settings)}: run it on the machine type and versions it was begun with"
+            f"{job.out} was made with {difference(engine, base.settings)}: run it on the machine "
+            "type and versions it was begun with"
         )
-    size = 1 if job.draws >= BLOCKS * base.block else -(-BLOCKS * base.block // job.draws)
-    fresh = not log.exists()
-    with open(log, "a") as lines, open(log.with_name(log.name + ".votes"), "a") as votes:
-        if fresh:
-            _append(lines, HEADER)
-        with tqdm(
-            total=len(mine),
-            unit=" examples",
-            disable=None if rank()[0] == 0 else True,
-            smoothing=0.05,
-        ) as bar:
-            for first in range(0, len(mine), size):
-                index = np.array([state["todo"][i] for i in mine[first : first + size]])
-                _certify_group(job, base, index, lines, votes)
-                bar.update(len(index))
+    return base
 
 
-def _certify_group(job, base, index, lines, votes):
+def _work(job, plan, journal, mine):
+    """Certify the examples `mine`, appending each group to the journal."""
+    if not mine:
+        return
+    base = _base(job, plan["engine"])
+    # A fixed number of draws fills blocks by itself; of an adaptive sampler the first stage must.
+    draws = job.sampler.most if job.sampler.fixed else job.sampler.first
+    size = max(1, -(-BLOCKS * base.block // draws))
+    quiet = None if rank()[0] == 0 else True
+    with tqdm(total=len(mine), unit=" examples", disable=quiet, smoothing=0.05) as bar:
+        for first in range(0, len(mine), size):
+            group = mine[first : first + size]
+            journal.append(_certify_group(job, base, group, journal.entries))
+            bar.update(len(group))
+
+
+def _drawn(votes):
+    """Draws [B] behind votes [B, C] or [R, B, C]: every readout counts the same draws."""
+    totals = votes.sum(axis=-1)
+    return totals[0] if votes.ndim == 3 else totals
+
+
+class _Staged:
+    """A source that keeps the votes of each call, and begins with those of an earlier run."""
+
+    def __init__(self, source, stages):
+        self._source, self._had, self.stages = source, stages, []
+        self.noise, self.classes = source.noise, source.classes
+
+    def __len__(self):
+        return len(self._source)
+
+    def draw(self, n):
+        n = check_request(n, len(self))
+        stage = len(self.stages)
+        if stage < len(self._had):
+            had = self._had[stage]
+            more = n - _drawn(had)
+            if stage < len(self._had) - 1 and more.any():
+                raise ValueError("n0 must be that of the earlier run: its votes came after it")
+            votes = had + self._source.draw(more)
+        else:
+            votes = self._source.draw(n)
+        self.stages.append(votes)
+        return votes
+
+
+def _certify_group(job, base, group, entries):
+    """Journal entries of a group of examples, each with the votes of every stage."""
     start = time.perf_counter()
+    index = np.array(group)
     labels = job.labels[index]
-    counts = ModelCounts(
-        base, job.images[index], job.noise, index=index, seed=job.seed, progress=False
-    )
-    found = job.sampler(counts)
-    seconds = (time.perf_counter() - start) * found.n / found.n.sum()
-    rows = {
-        "idx": index, "label": labels, "predict": found.prediction, "radius": found.radius, "correct": found.prediction == labels,
-        "time": seconds, "n": found.n,
-    }  # fmt: skip
-    # Votes first: what the log tells is never without them.
-    _append(votes, _votes_lines(index, counts.votes))
-    _append(
-        lines,
-        "".join(
-            log_line(dict(zip(rows, row, strict=True))) for row in zip(*rows.values(), strict=True)
-        ),
-    )
-
-
-def _votes_lines(index, votes):
-    return "".join(
-        json.dumps([int(i), *row.tolist()], separators=(",", ":")) + "\n"
-        for i, row in zip(index, votes, strict=True)
-    )
-
-
-def _append(file, text):
-    file.write(text)
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _whole_lines(path):
-    """The lines of a file, without its last one where that is torn."""
-    data = path.read_bytes() if path.exists() else b""
-    return data[: data.rfind(b"\n") + 1].decode(errors="replace").splitlines(keepends=True)
-
-
-def _read(log, votes):
-    """Finished examples of a log and its votes: {index: (log line, votes line)}; those of which one of the two is missing are not finished."""
-    lines = _whole_lines(log)
-    if lines and lines[0] != HEADER:
+    noise = job.noise.select(np.searchsorted(job.index, index))
+    source = ModelCounts(base, job.images[index], noise, index=index, seed=job.seed, progress=False)
+    stages = _stages(group, entries, source.votes)
+    source.votes += sum(stages)
+    counts = _Staged(source, stages)
+    certificates = job.sampler(counts, noise)
+    drawn = _drawn(source.votes)
+    if (drawn > job.sampler.most).any():
         raise ValueError(
-            f"{log}, line 1: expected the columns {HEADER.split()}: move the file away, or give another --out"
+            f"sampler took {drawn.max()} draws of an example, more than the {job.sampler.most} "
+            "that it states (most)"
         )
-    logged, voted = {}, {}
-    for number, line in enumerate(lines[1:], start=2):
-        if not re.fullmatch(r"\d+(\t[^\t\n]+){6}\n", line):
-            raise ValueError(f"{log}, line {number} is damaged: delete it, and it is done again")
-        logged[int(line.split("\t")[0])] = line
-    for number, line in enumerate(_whole_lines(votes), start=1):
-        if not re.fullmatch(r"\[\d+(,\d+)+\]\n", line):
-            raise ValueError(
-                f"{votes}, line {number} is damaged: delete it, and its example is done again"
-            )
-        voted[json.loads(line)[0]] = line
-    done = {i: (logged[i], voted[i]) for i in logged if i in voted}
-    for i, (line, row) in done.items():
-        if int(line.split("\t")[-1]) != sum(json.loads(row)[1:]):
-            raise ValueError(
-                f"{log}, idx {i}: n is not the number of votes in {votes.name}: delete its line, and it is done again"
-            )
-    return done
+    seconds = (time.perf_counter() - start) * drawn / max(1, drawn.sum())
+    return [
+        {
+            "idx": int(index[i]),
+            "label": int(labels[i]),
+            "predict": int(certificates.prediction[i]),
+            "radius": float(certificates.radius[i]),
+            "n": int(certificates.n[i]),
+            "time": float(seconds[i]),
+            "votes": [stage[..., i, :].tolist() for stage in counts.stages],
+        }
+        for i in range(len(group))
+    ]
 
 
-def _merge(job, complete=False):
-    """Collect the finished examples of all files into OUT and OUT.votes, or, if complete, into OUT and OUT.npz; returns their indices."""
-    log, votes, record = job.out, job.path(".votes"), job.path(".npz")
-    if record.exists() and not votes.exists():
-        old = load_counts(record)
-        write_atomically(votes, _votes_lines(old.index, old.counts).encode())
-    parts = _parts(job)
-    done = _read(log, votes)
-    for part in parts:
-        if part.suffix != ".votes":
-            done |= _read(part, part.with_name(part.name + ".votes"))
-    wanted = set(job.index.tolist())
-    if not set(done) <= wanted:
+def _stages(group, entries, like):
+    """The votes that earlier runs left of a group, stage by stage, each of the shape of `like`."""
+    old = [entries[i]["votes"] if i in entries else [] for i in group]
+    stages = []
+    for stage in range(max(map(len, old))):
+        votes = np.zeros_like(like)
+        for i, left in enumerate(old):
+            if stage < len(left):
+                votes[..., i, :] = left[stage]
+        stages.append(votes)
+    return stages
+
+
+def _finish(job, journal):
+    """Write log and record from the journal; returns how many examples they hold."""
+    journal.absorb(_parts(job))
+    missing = _todo(job, journal)
+    if missing:
         raise ValueError(
-            f"{log} holds example {min(set(done) - wanted)}, which this run does not ask for: give another --out"
+            f"{job.path('.journal')} lacks {len(missing)} examples, the first {missing[0]}: run "
+            "the same command again"
         )
-    if complete and set(done) != wanted:
-        raise ValueError(
-            f"{log} lacks {len(wanted - set(done))} examples, the first {min(wanted - set(done))}: run the same command again"
-        )
-    _write_if_new(votes, "".join(done[i][1] for i in sorted(done)))
-    _write_if_new(log, HEADER + "".join(done[i][0] for i in sorted(done)))
-    for part in parts:
-        part.unlink()
-    if complete:
-        _save_record(job, done)
-        votes.unlink()
-    return set(done)
-
-
-def _parts(job):
-    """Logs and votes of this run's several processes."""
-    pattern = re.compile(re.escape(job.out.name) + r"\.part\d+(\.votes)?")
-    return sorted(path for path in job.out.parent.iterdir() if pattern.fullmatch(path.name))
-
-
-def _write_if_new(path, text):
-    if not path.exists() or path.read_bytes() != text.encode():
-        write_atomically(path, text.encode())
-
-
-def _save_record(job, done):
-    engine = json.loads(job.path(".settings.json").read_text())["engine"]
-    counts = np.array([json.loads(done[int(i)][1])[1:] for i in job.index])
-    save_counts(
-        job.path(".npz"),
-        counts,
-        job.index,
-        job.labels[job.index],
-        model=job.name,
-        **job.settings,
-        **engine,
-    )
+    entries = [journal.entries[int(i)] for i in job.index]
+    votes = [np.sum([np.asarray(stage) for stage in entry["votes"]], axis=0) for entry in entries]
+    labels = job.labels[job.index]
+    header = {"model": job.name} | job.settings | journal.made["engine"]
+    save_counts(job.path(".npz"), np.stack(votes, axis=-2), job.index, labels, **header)
+    if job.certifies:
+        write_log(job.out, journal_table(entries))
+    else:
+        journal.path.unlink()
+    return len(entries)

@@ -4,6 +4,7 @@ import numpy as np
 import pandas as pd
 
 from lib.store.files import read_bytes, write_atomically
+from lib.store.journal import read_journal
 
 LOG_COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
 
@@ -17,6 +18,14 @@ def write_log(path, table):
     columns = [*LOG_COLUMNS, *(["n"] if "n" in table else [])]
     rows = [log_line(row) for row in table[columns].to_dict("records")]
     write_atomically(path, ("\t".join(columns) + "\n" + "".join(rows)).encode())
+
+
+def journal_table(entries):
+    """The log of a run, from the entries of its journal: a DataFrame of the log's columns."""
+    columns = ["idx", "label", "predict", "radius", "time", "n"]
+    table = pd.DataFrame([[entry[name] for name in columns] for entry in entries], columns=columns)
+    table["correct"] = (table["predict"] == table["label"]).astype(int)
+    return table[[*LOG_COLUMNS, "n"]]
 
 
 def log_line(row):
@@ -39,9 +48,10 @@ def read_log(path):
 
     Raises FileNotFoundError, or ValueError naming the missing columns or the torn or malformed line.
     """
-    text = read_bytes(path, "give the path of a tab-separated certification log").decode(
-        "utf-8-sig", errors="replace"
-    )
+    data = read_bytes(path, "give the path of a tab-separated certification log")
+    if data.startswith(b'{"run":'):
+        return journal_table(read_journal(path)[1].values())
+    text = data.decode("utf-8-sig", errors="replace")
     lines = text.splitlines()
     names = lines[0].split("\t") if lines else []
     missing = [name for name in LOG_COLUMNS if name not in names]

@@ -20,6 +20,14 @@ class Record:
     labels: np.ndarray
     header: dict
 
+    @property
+    def draws(self):
+        """Draws of each example, where all have equally many; a ValueError where not."""
+        totals = np.unique(self.counts.sum(axis=-1))
+        if len(totals) != 1:
+            raise ValueError(f"the examples have from {totals[0]} to {totals[-1]} draws")
+        return int(totals[0])
+
 
 def save_counts(path, counts, index, labels, **header):
     """Write a record: an npz that np.load opens, with a JSON header and, in the archive's comment, the SHA-256 of all bytes before it.
