@@ -24,10 +24,11 @@ from lib.checks import check_draws, check_level, difference
 from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
 from lib.iss import DRAWS, KINDS, certify_iss, sample_size_map
+from lib.metrics import formatted, latex, summarize
 from lib.models import load_checkpoint, model_hash, save_checkpoint
 from lib.noise import Gaussian
-from lib.report import as_text, draw_curves, formatted, summarize
 from lib.store.files import read_bytes
+from lib.store.logs import read_log
 from lib.store.records import load_counts
 from lib.train import fit
 
@@ -273,7 +274,7 @@ def certify(
         _say(
             f"{done} examples certified in {time.perf_counter() - begin:.1f} s, {len(index) - done} were done before: {out}, record {out}.npz"
         )
-        _print_report(summarize([out]), as_json)
+        _print_report(summarize({str(out): read_log(out)}), as_json)
 
 
 @command
@@ -397,7 +398,8 @@ def report(
     if csv + latex + markdown + as_json > 1:
         raise typer.BadParameter("take one of --csv, --latex, --markdown, --json")
     try:
-        table = summarize(logs, None if radii is None else [float(r) for r in radii.split(",")])
+        read = {str(path): read_log(path) for path in logs}
+        table = summarize(read, None if radii is None else [float(r) for r in radii.split(",")])
     except ValueError as error:
         if "could not convert" in str(error):
             raise typer.BadParameter(
@@ -405,7 +407,9 @@ def report(
             ) from error
         raise
     if png:
-        draw_curves(logs, png)
+        from lib.plots import draw_logs  # matplotlib takes a second to import
+
+        draw_logs(read, png)
         _say(f"curves: {png}")
     _print_report(
         table, as_json, "csv" if csv else "latex" if latex else "markdown" if markdown else None
@@ -420,8 +424,14 @@ def _rows(table):
 def _print_report(table, as_json, style=None):
     if as_json:
         print(json.dumps(_rows(table)))
-    elif style:
-        print(as_text(table, style), end="")
+    elif style == "csv":
+        print(table.to_csv(lineterminator="\n"), end="")
+    elif style == "latex":
+        print(latex(table), end="")
+    elif style == "markdown":
+        from lib.plots import markdown
+
+        print(markdown(formatted(table).reset_index()))
     else:
         cells = formatted(table)
         shown = Table(
@@ -450,7 +460,7 @@ def info(
     """Say what a checkpoint, a record or a log holds."""
     start = read_bytes(path, "give the path of a checkpoint, a record or a log")[:4]
     if start == b"idx\t":
-        found = {"kind": "log"} | _rows(summarize([path]))[0]
+        found = {"kind": "log"} | _rows(summarize({str(path): read_log(path)}))[0]
     elif path.suffix == ".npz":
         record = load_counts(path)
         header = {

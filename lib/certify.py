@@ -59,8 +59,7 @@ def predict(counts, n, alpha):
     alpha  : failure probability per example, in (0, 1).
     Returns int64 [B]. Raises ValueError naming n or alpha.
     """
-    check_draws(n=n)
-    check_level(alpha=alpha)
+    n, alpha = check_draws(n=n), check_level(alpha=alpha)
     votes = counts.draw(n)
     ordered = np.sort(votes, axis=1)
     runner_up = ordered[:, -2] if votes.shape[1] > 1 else np.zeros(len(votes), dtype=np.int64)
@@ -87,11 +86,10 @@ def certify(counts, noise, n0, n, alpha, prediction=None):
     prediction : int [B], classes chosen beforehand, independently of these draws (a published log's); n0 must then be 0.
     Returns Certificates over the B examples. Raises ValueError naming noise, n0, n, alpha or prediction.
     """
-    check_draws(n=n)
-    check_level(alpha=alpha)
+    n, alpha = check_draws(n=n), check_level(alpha=alpha)
     check_noise(counts, noise)
     if prediction is None:
-        check_draws(n0=n0)
+        n0 = check_draws(n0=n0)
         prediction = counts.draw(n0).argmax(axis=1)
     elif np.any(n0):
         raise ValueError(f"n0 must be 0 where prediction gives the classes; got {n0!r}")

@@ -34,8 +34,7 @@ def decline(k, n_max, p, noise, alpha, kind="absolute"):
     radius. The hits p k are real numbers. k, n_max and p broadcast, k >= 0; a radius is 0 without draws, and RD is 0 where there is
     nothing to lose. Decreases in k for alpha <= 1/2. Returns float64. Raises ValueError naming k, n_max, p, alpha or kind.
     """
-    check_level(alpha=alpha)
-    check_draws(n_max=n_max)
+    alpha, n_max = check_level(alpha=alpha), check_draws(n_max=n_max)
     check_choice(KINDS, kind=kind)
     k, n_max, p = np.broadcast_arrays(
         np.asarray(k, dtype=np.float64), n_max, check_probability(p, "p")
@@ -139,8 +138,7 @@ def sample_size_map(n_max, decline, kind, noise, alpha, step=0.001):
              None: no grid, `map(p_low, p_up)` solves its own p exactly.
     Returns a SampleSizeMap. Raises ValueError naming n_max, decline, kind, noise, alpha or step.
     """
-    check_draws(n_max=n_max)
-    check_level(alpha=alpha)
+    alpha, n_max = check_level(alpha=alpha), check_draws(n_max=n_max)
     check_choice(KINDS, kind=kind)
     if alpha > 0.5:
         raise ValueError(
@@ -210,8 +208,8 @@ def certify_iss(counts, noise, n0, n_max, map, alpha, draws="fresh", prediction=
     prediction : int [B], classes chosen beforehand, independently of these draws; the first n0 draws then only give the interval.
     Returns Certificates over the B examples, never NaN. Raises ValueError naming n0, n_max, noise, alpha, draws or prediction.
     """
-    check_draws(n0=n0, n_max=n_max)
-    check_level(alpha=alpha)
+    n0, n_max = check_draws(n0=n0, n_max=n_max)
+    alpha = check_level(alpha=alpha)
     if n0 > n_max:
         raise ValueError(f"n0 must be at most n_max = {n_max} draws; got {n0!r}")
     same = {
@@ -260,7 +258,7 @@ def failure_rate(p, n0, map, draws="fresh", chosen=True):
     where the class is the wrong one). chosen=False: the class is given beforehand, the one of probability p. Returns a float,
     to compare with alpha. Raises ValueError naming p, n0 or draws.
     """
-    check_draws(n0=n0)
+    n0 = check_draws(n0=n0)
     check_probability(p, "p")
     if n0 > map.n_max:
         raise ValueError(f"n0 must be at most the map's n_max = {map.n_max} draws; got {n0!r}")
