@@ -1,4 +1,4 @@
-"""Binomial statistics, vectorised in float64: the interval and the tests under every certificate."""
+"""Binomial statistics, vectorised in float64: the bounds and tests under every certificate."""
 
 import numpy as np
 from scipy.special import betainc, betaincinv
@@ -50,9 +50,9 @@ def clopper_pearson_lower(k, n, alpha):
     Returns a float64 array (a float for scalars), never NaN and never too high. scipy's betaincinv
     returns wrong quantiles for some parameters (n = 43,290, k = 42,291, alpha = .001 gives .937
     instead of .975). Every value is therefore put back into betainc; where it does not solve the
-    equation it is found by bisection, rounding down. betainc itself errs by less than 1 part in
-    1e10 (against 40-digit arithmetic), which is left as a margin. Raises ValueError naming k, n
-    or alpha.
+    equation it is replaced by bisection, rounding down. betainc itself errs by less than 1 part in
+    1e10 (against 40-digit arithmetic, n to 1e10, alpha from 1e-200), which is left as a margin.
+    Raises ValueError naming k, n or alpha.
     """
     alpha = check_level(alpha=alpha)
     if alpha < 1e-200:

@@ -92,12 +92,12 @@ def summarize(logs, radii=None):
         radii = np.arange(0, max(log["radius"].max() for log in logs.values()) or 0.25, 0.25)
     rows = {}
     for name, log in logs.items():
-        found = as_certificates(log)
-        accuracy = certified_accuracy(found, log["label"], radii)
+        certificates = as_certificates(log)
+        accuracy = certified_accuracy(certificates, log["label"], radii)
         rows[name] = {
             "examples": len(log),
-            "ACR": average_certified_radius(found, log["label"]),
-            "abstained": abstention(found),
+            "ACR": average_certified_radius(certificates, log["label"]),
+            "abstained": abstention(certificates),
             "draws": float(log["n"].mean()) if "n" in log else np.nan,
             "seconds": float(log["time"].mean()),
         } | {f"{r:.12g}": a for r, a in zip(radii, accuracy, strict=True)}
