@@ -24,11 +24,12 @@ from lib import models, zoo
 from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
 from lib.losses import LOSSES
+from lib.metrics import formatted, latex, summarize
 from lib.models import load_checkpoint, model_hash
 from lib.noise import NOISES
-from lib.report import as_text, draw_curves, formatted, summarize
 from lib.samplers import SAMPLERS
 from lib.store.files import read_bytes
+from lib.store.logs import read_log
 from lib.store.records import load_counts
 from lib.store.registry import option
 from lib.train import Recipe, Schedule
@@ -301,7 +302,7 @@ def certify(
             f"{len(index) - done} were done before: {out}, record {out}.npz"
         )
         if job.certifies:
-            _print_report(summarize([out]), as_json)
+            _print_report(summarize({str(out): read_log(out)}), as_json)
 
 
 @command(NOISES, LOSSES, Schedule)
@@ -359,7 +360,8 @@ def report(
     if csv + latex + markdown + as_json > 1:
         raise typer.BadParameter("take one of --csv, --latex, --markdown, --json")
     try:
-        table = summarize(logs, None if radii is None else [float(r) for r in radii.split(",")])
+        read = {str(path): read_log(path) for path in logs}
+        table = summarize(read, None if radii is None else [float(r) for r in radii.split(",")])
     except ValueError as error:
         if "could not convert" in str(error):
             raise typer.BadParameter(
@@ -367,7 +369,9 @@ def report(
             ) from error
         raise
     if png:
-        draw_curves(logs, png)
+        from lib.plots import draw_logs  # matplotlib takes a second to import
+
+        draw_logs(read, png)
         _say(f"curves: {png}")
     _print_report(
         table, as_json, "csv" if csv else "latex" if latex else "markdown" if markdown else None
@@ -382,8 +386,14 @@ def _rows(table):
 def _print_report(table, as_json, style=None):
     if as_json:
         print(json.dumps(_rows(table)))
-    elif style:
-        print(as_text(table, style), end="")
+    elif style == "csv":
+        print(table.to_csv(lineterminator="\n"), end="")
+    elif style == "latex":
+        print(latex(table), end="")
+    elif style == "markdown":
+        from lib.plots import markdown
+
+        print(markdown(formatted(table).reset_index()))
     else:
         cells = formatted(table)
         shown = Table(
@@ -412,7 +422,7 @@ def info(
     """Say what a checkpoint, a record or a log holds."""
     start = read_bytes(path, "give the path of a checkpoint, a record or a log")[:6]
     if start.startswith(b"idx\t") or start == b'{"run"':
-        facts = {"kind": "log"} | _rows(summarize([path]))[0]
+        facts = {"kind": "log"} | _rows(summarize({str(path): read_log(path)}))[0]
     elif path.suffix == ".npz":
         record = load_counts(path)
         size = {"examples": len(record.index), "classes": record.counts.shape[-1]}

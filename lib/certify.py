@@ -66,8 +66,7 @@ def predict(counts, n, alpha):
 
     Returns int64 [B]. Raises ValueError naming n or alpha.
     """
-    check_draws(n=n)
-    check_level(alpha=alpha)
+    n, alpha = check_draws(n=n), check_level(alpha=alpha)
     votes = counts.draw(n)
     ordered = np.sort(votes, axis=1)
     several = votes.shape[1] > 1
@@ -100,11 +99,10 @@ def certify(counts, noise, n0, n, alpha, prediction=None):
 
     Returns Certificates of B examples. Raises ValueError naming noise, n0, n, alpha or prediction.
     """
-    check_draws(n=n)
-    check_level(alpha=alpha)
+    n, alpha = check_draws(n=n), check_level(alpha=alpha)
     check_noise(counts, noise)
     if prediction is None:
-        check_draws(n0=n0)
+        n0 = check_draws(n0=n0)
         prediction = counts.draw(n0).argmax(axis=1)
     elif np.any(n0):
         raise ValueError(f"n0 must be 0 where prediction gives the classes; got {n0!r}")

@@ -1,4 +1,8 @@
-"""Checks at the boundary: each bad input is answered by one ValueError that names the argument and the remedy."""
+"""Checks at the boundary: a bad input is one ValueError that names the argument and the remedy.
+
+What is accepted is returned as one of Python's or numpy's 64-bit types, so that no caller computes
+in the narrow type that came in (an alpha in float16, draws in uint8).
+"""
 
 import math
 import numbers
@@ -6,12 +10,22 @@ import numbers
 import numpy as np
 import torch
 
+MOST_DRAWS = 10**10  # up to here lib.bounds is checked against 40-digit arithmetic
+
+
+def _one_or_all(values):
+    return values[0] if len(values) == 1 else values
+
 
 def check_level(**levels):
-    """Each keyword is a failure probability: a number in the open interval (0, 1)."""
+    """Failure probabilities: each keyword is a number in the open interval (0, 1).
+
+    Returns them as Python floats: one, or a list in the order given.
+    """
     for name, value in levels.items():
-        if not isinstance(value, numbers.Real) or not 0 < value < 1:
+        if not isinstance(value, numbers.Real) or not 0 < value < 1 or not 0 < float(value) < 1:
             raise ValueError(f"{name} must be a number in (0, 1), such as 0.001; got {value!r}")
+    return _one_or_all([float(value) for value in levels.values()])
 
 
 def check_choice(choices, **values):
@@ -24,23 +38,39 @@ def check_choice(choices, **values):
 
 
 def check_draws(**draws):
-    """Each keyword is a number of Monte Carlo draws (or of epochs, images ...): a whole number >= 1, or an array of them."""
+    """Numbers of Monte Carlo draws (or of epochs, images ...): whole, from 1 to MOST_DRAWS.
+
+    Each keyword is a number or an array of them. Returns them as int or int64 array: one, or a
+    list in the order given.
+    """
+    checked = []
     for name, value in draws.items():
         array = np.asarray(value)
         if array.dtype.kind not in "iu":
             raise ValueError(f"{name} must be a whole number (int); got {value!r}")
         if array.size == 0 or array.min() < 1:
             raise ValueError(f"{name} must be at least 1; got {value!r}")
+        if array.max() > MOST_DRAWS:
+            raise ValueError(f"{name} must be at most {MOST_DRAWS:.0e}; got {value!r}")
+        array = array.astype(np.int64)
+        checked.append(int(array) if array.ndim == 0 else array)
+    return _one_or_all(checked)
 
 
 def check_seed(seed):
-    """The seed of a random stream: a whole number in [0, 2^32), so that (seed, index, chunk) name a stream without ambiguity."""
+    """The seed of a random stream: a whole number in [0, 2^32).
+
+    Within these bounds (seed, index, chunk) name a stream without ambiguity.
+    """
     if isinstance(seed, bool) or not isinstance(seed, int | np.integer) or not 0 <= seed < 2**32:
         raise ValueError(f"seed must be a whole number in [0, 2^32); got {seed!r}")
 
 
 def check_sigma(sigma):
-    """A noise level: finite and > 0, a scalar or one value per example. Returned as float or float64 array [B]."""
+    """A noise level: finite and > 0, a scalar or one value per example.
+
+    Returns it as float or float64 array [B].
+    """
     try:
         array = np.asarray(sigma, dtype=np.float64)
     except (TypeError, ValueError) as error:
@@ -71,14 +101,18 @@ def check_radius(radius):
 
 
 def check_images(x, bounded=True):
-    """A batch of images: float32 tensor [B, channels, height, width] with values in [0, 1], or with bounded=False any finite ones."""
+    """A batch of images: float32 tensor [B, channels, height, width], B >= 1.
+
+    - bounded: pixels must lie in [0, 1]; with False they may be any finite numbers.
+    """
     if not isinstance(x, torch.Tensor):
         raise ValueError(
             f"x must be a torch.Tensor [B, channels, height, width]; got {type(x).__name__}"
         )
     if x.ndim != 4 or x.shape[0] == 0:
         raise ValueError(
-            f"x must have shape [B, channels, height, width], B >= 1 (one image: x[None]); got {list(x.shape)}"
+            "x must have shape [B, channels, height, width], B >= 1 (one image: x[None]); "
+            f"got {list(x.shape)}"
         )
     if x.dtype != torch.float32:
         raise ValueError(
@@ -89,29 +123,42 @@ def check_images(x, bounded=True):
         raise ValueError(f"x must have finite pixels; got values from {low:.4g} to {high:.4g}")
     if bounded and not (low >= 0 and high <= 1):
         raise ValueError(
-            f"x must have pixels in [0, 1]; got values from {low:.4g} to {high:.4g}. Radii are in units of pixels in [0, 1]: "
-            "divide by 255, and put the normalisation inside the model (lib.models.Normalize as its first layer)"
+            f"x must have pixels in [0, 1]; got values from {low:.4g} to {high:.4g}. Radii are in "
+            "units of pixels in [0, 1]: divide by 255, and put the normalisation inside the model "
+            "(lib.models.Normalize as its first layer)"
         )
 
 
 def check_labels(labels, size, name="labels", classes=None):
-    """Class labels or indices: `size` whole numbers >= 0 (and < classes, where given), as an int64 array."""
+    """Class labels or indices: `size` whole numbers >= 0, returned as an int64 array.
+
+    - classes: labels must lie below it, where it is given.
+    """
     array = np.asarray(labels)
     if array.shape != (size,) or array.dtype.kind not in "iu":
         raise ValueError(
-            f"{name} must be {size} whole numbers, one per example; got shape {array.shape} of {array.dtype}"
+            f"{name} must be {size} whole numbers, one per example; "
+            f"got shape {array.shape} of {array.dtype}"
         )
     if size and array.min() < 0:
         raise ValueError(f"{name} must be >= 0; got {array.min()}")
     if size and classes is not None and array.max() >= classes:
         raise ValueError(
-            f"{name} must be class indices below {classes}, the number of classes; got {array.max()}"
+            f"{name} must be class indices below {classes}, the number of classes; "
+            f"got {array.max()}"
         )
+    return _int64(array, name)
+
+
+def _int64(array, name):
+    """An int64 copy; unsigned numbers that do not fit are refused, not wrapped around."""
+    if array.dtype == np.uint64 and array.size and array.max() >= 2**63:
+        raise ValueError(f"{name} must be below 2^63; got {array.max()}")
     return array.astype(np.int64)
 
 
 def difference(old, new):
-    """What differs first between two dicts of settings, in words: "sigma = 0.5, not 0.25"."""
+    """The first difference between two dicts of settings, in words: "sigma = 0.5, not 0.25"."""
     name = next(name for name in [*new, *old] if old.get(name) != new.get(name))
     before, after = old.get(name), new.get(name)
     if isinstance(before, dict) and isinstance(after, dict):
@@ -121,15 +168,27 @@ def difference(old, new):
     return f"{name} = {before!r}, not {after!r}"
 
 
-def check_counts(counts):
-    """Votes: whole numbers >= 0 of shape [B, C], as an int64 array of their own."""
+def check_counts(counts, below=None):
+    """Votes: whole numbers >= 0 of shape [B, C], as an int64 array of their own.
+
+    - below: each example must have fewer votes than this, where it is given.
+    """
     counts = np.array(counts)
     if counts.ndim != 2 or counts.dtype.kind not in "iu" or counts.size == 0 or counts.min() < 0:
         least = f" with {counts.min()} the least" if counts.size else ""
         raise ValueError(
-            f"counts must be whole numbers >= 0 of shape [B, C]; got shape {counts.shape} of {counts.dtype}{least}"
+            f"counts must be whole numbers >= 0 of shape [B, C]; got shape {counts.shape} of "
+            f"{counts.dtype}{least}"
         )
-    return counts.astype(np.int64)
+    counts = _int64(counts, "counts")
+    # Summed as floats, which cannot overflow.
+    most = counts.sum(axis=1, dtype=np.float64).max()
+    if below is not None and most >= below:
+        raise ValueError(
+            f"counts must be fewer than {below:.0e} votes for each example, the most that numpy's "
+            f"hypergeometric generator takes; got {most:.4g}. Replay a shorter record"
+        )
+    return counts
 
 
 def check_noise(counts, noise):
@@ -150,7 +209,7 @@ def check_noise(counts, noise):
 
 
 def check_request(n, size):
-    """The draws asked of each example: int64 [B], >= 0."""
+    """The draws asked of each of `size` examples: 0 or more, returned as int64 [size]."""
     request = np.asarray(n)
     if (
         request.dtype.kind not in "iu"
@@ -162,4 +221,6 @@ def check_request(n, size):
         )
     if request.size and request.min() < 0:
         raise ValueError(f"n must be at least 0 draws; got {request.min()}")
+    if request.size and request.max() > MOST_DRAWS:
+        raise ValueError(f"n must be at most {MOST_DRAWS:.0e} draws; got {request.max()}")
     return np.broadcast_to(request, (size,)).astype(np.int64)

@@ -11,6 +11,7 @@ import numpy as np
 
 from lib.bounds import clopper_pearson_lower
 from lib.checks import (
+    check_choice,
     check_counts,
     check_draws,
     check_labels,
@@ -53,7 +54,7 @@ class RecordedCounts:
             index = counts.index if index is None else index
             self.noise, promised = _noise_of(counts.header), _is_fixed(counts.header)
             counts = counts.counts
-        self.remaining = counts = check_counts(counts)
+        self.remaining = counts = check_counts(counts, below=10**9)
         if fixed is None:
             totals = counts.sum(axis=1)
             fixed = promised and (totals == totals[0]).all()
@@ -144,12 +145,20 @@ class SimulatedCounts:
 
 @dataclasses.dataclass(frozen=True)
 class LogCounts:
-    """Votes recovered from a log (counts_from_log), to be replayed with the class given, not drawn.
+    """Votes recovered from a log by `counts_from_log`, to be replayed with the class given.
 
-    counts: int64 [B, C + 3]; the predicted class has the recovered count, all other votes lie in the nameless columns C...; where the log
-    abstained its count is unknown, and the votes are spread in thirds over the nameless columns, so that every sampler abstains.
-    prediction: int64 [B], the class to certify. labels: int64 [B]. abstained: bool [B].
-    candidates: int64 [B], how many counts print the same radius: above 1 the rounding makes the count ambiguous, and the middle one is taken.
+    - counts: int64 [B, C + 1 + NAMELESS]. In the first C columns the class of the log has its
+      recovered count; all other votes of the row lie in column C, which stands for no class. Where
+      the log abstained, its count is unknown: column C is empty, and the votes are spread evenly
+      over the columns behind it.
+    - prediction: int64 [B], the class to certify: the log's, and C where it abstained. C has no
+      votes there, so that no sampler which is given the class certifies such a row, whatever its
+      number of draws and its alpha. (A sampler that draws the class itself has no meaning on a
+      log, whose rows hold the votes of one class. At alpha <= .05 and independent draws it would
+      certify one of the nameless columns with probability below 1e-7.)
+    - labels: int64 [B].
+    - abstained: bool [B].
+    - candidates: int64 [B], how many counts fit the printed radius; 0 where the log abstained.
     """
 
     counts: np.ndarray
@@ -159,47 +168,67 @@ class LogCounts:
     candidates: np.ndarray
 
 
+NAMELESS = 64  # five draws agree on one of so many columns with probability 6e-8
+
+
 def _as_printed(radius, digits):
     return np.array([float(f"{r:.{digits}g}") for r in radius])
 
 
-def counts_from_log(log, noise, n, alpha):
-    """Invert each radius of a log to the count it came from (n draws at failure probability alpha each). Returns LogCounts.
+def counts_from_log(log, noise, n, alpha, take="middle"):
+    """Invert each radius of a log to the count of votes that it came from.
 
-    The radii may be at full precision or rounded to three digits, as the field prints them (found by looking at them).
-    Raises ValueError where a radius fits no count: the n, alpha or sigma stated is not the log's.
+    The radii may be at full precision or rounded to three digits, as Cohen et al.'s code prints
+    them; which one is recognised by the radii. A rounded radius fits several counts.
+
+    - log: DataFrame of `lib.store.logs.read_log`.
+    - noise, n, alpha: smoothing distribution, draws of each bound and failure probability of each
+      certificate, as the log was made with.
+    - take: "middle", the candidate in the middle, for a replay: no better guess of the votes is
+      known, but a radius computed from it may be larger than the true one and is no certificate.
+      "lowest", the least candidate: the log's own count is at least that, so that CERTIFY's radius
+      from it is a certificate at alpha wherever the log's was.
+
+    Returns LogCounts. Raises ValueError naming n, alpha or take, and where a radius fits no count:
+    the n, alpha or sigma stated is then not the log's.
     """
-    check_draws(n=n)
-    check_level(alpha=alpha)
+    n, alpha = check_draws(n=n), check_level(alpha=alpha)
+    check_choice(("middle", "lowest"), take=take)
     if not len(log):
         raise ValueError("log holds no examples: give one with at least one line below its header")
     abstained = (log["predict"] < 0).to_numpy()
+    k, first, last = _candidates(log, noise, n, alpha, abstained)
+    place = first if take == "lowest" else (first + last - 1) // 2
+    votes = k[np.minimum(place, len(k) - 1)]
+    labels, predict = check_labels(log["label"].to_numpy(), len(log)), log["predict"].to_numpy()
+    classes = int(max(labels.max(), predict.max())) + 1
+    counts = np.zeros((len(log), classes + 1 + NAMELESS), dtype=np.int64)
+    rows, seen = np.arange(len(log)), ~abstained
+    counts[rows[seen], predict[seen]] = votes[seen]
+    counts[rows[seen], classes] = n - votes[seen]
+    counts[abstained, classes + 1 :] = (n + np.arange(NAMELESS)) // NAMELESS
+    prediction = np.where(abstained, classes, predict).astype(np.int64)
+    return LogCounts(counts, prediction, labels, abstained, np.where(abstained, 0, last - first))
+
+
+def _candidates(log, noise, n, alpha, abstained):
+    """(counts k, first [B], last [B]): k[first:last] are the counts that fit each radius."""
     radius = log["radius"].to_numpy()
     rounded = bool((_as_printed(radius, 3) == radius).all())
     k = np.arange(n // 2, n + 1)
     table = noise.radius(clopper_pearson_lower(k, n, alpha))
+    # The last digits of the quantile may differ on the machine that wrote the log; neighbouring
+    # counts are much farther apart.
+    low, high = table * (1 - 1e-9), table * (1 + 1e-9)
     if rounded:
-        table = _as_printed(table, 3)
-    # A full-precision log of another machine may differ in the last digits of the quantile; neighbouring counts are far farther apart.
-    slack = 1e-12 if rounded else 1e-9
-    first, last = (
-        np.searchsorted(table, radius * (1 - slack), "left"),
-        np.searchsorted(table, radius * (1 + slack), "right"),
-    )
+        low, high = _as_printed(low, 3), _as_printed(high, 3)
+    first, last = np.searchsorted(high, radius, "left"), np.searchsorted(low, radius, "right")
     strange = (first >= last) & ~abstained
     if strange.any():
         i = int(np.argmax(strange))
         raise ValueError(
-            f"log: radius {float(radius[i])} of idx {log['idx'].iloc[i]} fits no count of n = {n} draws at alpha = {alpha} "
-            f"(the largest radius these allow is {table[-1]:.4g}): state the n, alpha and sigma that the log was made with"
+            f"log: radius {float(radius[i])} of idx {log['idx'].iloc[i]} fits no count of n = {n} "
+            f"draws at alpha = {alpha} (the largest radius these allow is {table[-1]:.4g}): state "
+            "the n, alpha and sigma that the log was made with"
         )
-    votes = k[np.minimum((first + last - 1) // 2, len(k) - 1)]
-    labels, predict = check_labels(log["label"].to_numpy(), len(log)), log["predict"].to_numpy()
-    classes = int(max(labels.max(), predict.max())) + 1
-    counts = np.zeros((len(log), classes + 3), dtype=np.int64)
-    rows, seen = np.arange(len(log)), ~abstained
-    counts[rows[seen], predict[seen]] = votes[seen]
-    counts[rows[seen], classes] = n - votes[seen]
-    counts[abstained, classes:] = [n - 2 * (n // 3), n // 3, n // 3]
-    prediction = np.where(abstained, classes, predict).astype(np.int64)
-    return LogCounts(counts, prediction, labels, abstained, np.where(abstained, 0, last - first))
+    return k, first, last

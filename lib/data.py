@@ -1,4 +1,7 @@
-"""Data sets: images in [0, 1], labels, and the constants that a model's first layer needs. Downloaded once, checked, read from disk after."""
+"""Data sets: images in [0, 1], labels, and the constants that a model's first layer needs.
+
+Files are downloaded once, checked, and read from disk afterwards.
+"""
 
 import dataclasses
 import gzip
@@ -21,7 +24,12 @@ from lib.store.files import sha256
 
 @dataclasses.dataclass(frozen=True)
 class Info:
-    """shape (channels, height, width), number of classes, per-channel mean and standard deviation of the training images (the field's)."""
+    """Facts of a data set.
+
+    - shape: (channels, height, width) of an image.
+    - classes: number of classes.
+    - mean, std: per channel, of the training images; the constants of Cohen et al.'s code.
+    """
 
     shape: tuple
     classes: int
@@ -62,14 +70,19 @@ DOWNLOADS = {
 def load(name, split, root=None, path=None):
     """A data set: (images float32 [N, channels, height, width] in [0, 1], labels int64 [N]).
 
-    name : "digits" (1,797 grey 8x8 images that ship inside scikit-learn; split once and for all: 1,437 train, 360 test), "mnist",
-           "fashion", "cifar10", or "imagenet" (shorter side to 256, centre 224x224; images then are an `ImageFolder`, read when indexed).
-    split: "train" or "test" (imagenet: the folder "val").
-    root  : folder of downloads, each data set in its own folder; default $SMOOTHING_DATA, else data/downloads. mnist, fashion and cifar10
-            are downloaded where they are missing, and checked; imagenet must lie there (train/ and val/, one folder a class).
-    path  : reads this file or folder instead: the folder of the four IDX files; for cifar10 cifar-10-batches-bin, cifar-10-batches-py,
-            either's tar.gz, or an npz with x_train, y_train, x_test, y_test (Keras's); for imagenet the folder of class folders itself.
-    Raises ValueError naming name, split or the damaged file; FileNotFoundError naming the file, its URL and where to put it.
+    - name: "digits" (1,797 grey 8x8 images that ship inside scikit-learn, split once and for all:
+      1,437 train, 360 test), "mnist", "fashion", "cifar10", or "imagenet" (shorter side to 256,
+      centre 224x224; images then are an `ImageFolder`, read when indexed).
+    - split: "train" or "test" (imagenet: the folder "val").
+    - root: folder of downloads, each data set in its own folder; default $SMOOTHING_DATA, else
+      data/downloads. Where mnist, fashion or cifar10 is missing it is downloaded and checked;
+      imagenet must lie there (train/ and val/, one folder per class).
+    - path: reads this file or folder instead: the folder of the four IDX files; for cifar10
+      cifar-10-batches-bin, cifar-10-batches-py, the tar.gz of either, or an npz with x_train,
+      y_train, x_test, y_test (Keras's); for imagenet the folder of class folders itself.
+
+    Raises ValueError naming name, split or the damaged file; FileNotFoundError naming the file, its
+    URL and where to put it.
     """
     check_choice(INFO, name=name)
     check_choice(("train", "test"), split=split)
@@ -77,14 +90,8 @@ def load(name, split, root=None, path=None):
         raise FileNotFoundError(
             f"{path} does not exist: give the path of {name} on disk, or leave it out"
         )
-    folder = (
-        pathlib.Path(
-            root
-            or os.environ.get("SMOOTHING_DATA")
-            or pathlib.Path(__file__).parent.parent / "data/downloads"
-        )
-        / name
-    )
+    default = pathlib.Path(__file__).parent.parent / "data/downloads"
+    folder = pathlib.Path(root or os.environ.get("SMOOTHING_DATA") or default) / name
     path = None if path is None else pathlib.Path(path)
     if name == "imagenet":
         folder = path or folder / ("val" if split == "test" else "train")
@@ -117,7 +124,8 @@ def _checked(name, images, labels, source):
         or labels.max() >= info.classes
     ):
         raise ValueError(
-            f"{source} is not {name}: images {images.shape} and labels {labels.shape}, instead of [N, {info.shape}] and [N]"
+            f"{source} is not {name}: images {images.shape} and labels {labels.shape}, instead of "
+            f"[N, {info.shape}] and [N]"
         )
     # Bytes of a file are read-only to numpy: torch needs a copy of its own.
     images = torch.from_numpy(np.array(images, order="C"))
@@ -126,16 +134,14 @@ def _checked(name, images, labels, source):
 
 
 def content_hash(images):
-    """Hex SHA-256 of a data set's images: of their float32 values, or of an ImageFolder's file names and sizes."""
-    return (
-        sha256(images.numpy().tobytes())
-        if isinstance(images, torch.Tensor)
-        else images.content_hash()
-    )
+    """Hex SHA-256 of the float32 values of images, or of an ImageFolder's file names and sizes."""
+    if isinstance(images, torch.Tensor):
+        return sha256(images.numpy().tobytes())
+    return images.content_hash()
 
 
 def _fetch(name, file, folder):
-    """The path of a file of DOWNLOADS in `folder`, downloaded where it is missing or its checksum is off."""
+    """The path of a file of DOWNLOADS in `folder`, downloaded where it is missing or damaged."""
     base, checksum = DOWNLOADS[name, file]
     try:
         return pathlib.Path(
@@ -146,8 +152,9 @@ def _fetch(name, file, folder):
             "what came has another checksum" if type(error) is ValueError else type(error).__name__
         )
         raise FileNotFoundError(
-            f"{folder / file} is missing or damaged, and could not be downloaded from {base + file} ({why}): "
-            f"fetch it by hand and put it into {folder}, or set SMOOTHING_DATA to the folder that holds {name}/{file}"
+            f"{folder / file} is missing or damaged, and could not be downloaded from "
+            f"{base + file} ({why}): fetch it by hand and put it into {folder}, or set "
+            f"SMOOTHING_DATA to the folder that holds {name}/{file}"
         ) from error
 
 
@@ -159,22 +166,24 @@ def _digits(split):
 
 
 def _idx(path):
-    """The array of unsigned bytes in an IDX file, gzipped or not (magic number 0x08 and the number of dimensions, then each size)."""
+    """The array of unsigned bytes in an IDX file, gzipped or not.
+
+    Its head is two zeros, the type 0x08, the number of dimensions, then each size in four bytes.
+    """
     if not path.exists() and path.with_suffix("").exists():
         path = path.with_suffix("")
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist: it is one of the data set's four IDX files, {', '.join(sum(IDX.values(), ()))}"
+            f"{path} does not exist: it is one of the data set's four IDX files, "
+            f"{', '.join(sum(IDX.values(), ()))}"
         )
     data = path.read_bytes()
     try:
         data = gzip.decompress(data) if path.suffix == ".gz" else data
     except (OSError, EOFError, zlib.error) as error:
         raise ValueError(f"{path} is damaged: {error}. Replace it by a whole one") from error
-    shape = [
-        int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big")
-        for i in range(data[3] if len(data) > 3 else 0)
-    ]
+    dimensions = data[3] if len(data) > 3 else 0
+    shape = [int.from_bytes(data[4 + 4 * i : 8 + 4 * i], "big") for i in range(dimensions)]
     if data[:3] != b"\0\0\x08" or len(data) != 4 + 4 * len(shape) + int(np.prod(shape)):
         raise ValueError(f"{path} is no whole IDX file of bytes. Replace it by a whole one")
     return np.frombuffer(data, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
@@ -185,29 +194,12 @@ def _cifar10(split, path):
     batches = [f"data_batch_{i}" for i in range(1, 6)] if split == "train" else ["test_batch"]
     if path.suffix == ".npz":
         return _keras(split, path)
-    try:
-        if path.is_dir():
-            files = {
-                file.name: file.read_bytes()
-                for file in path.iterdir()
-                if file.name.removesuffix(".bin") in batches
-            }
-        else:
-            with tarfile.open(path) as tar:
-                members = [
-                    m
-                    for m in tar
-                    if m.isfile() and pathlib.PurePath(m.name).name.removesuffix(".bin") in batches
-                ]
-                files = {pathlib.PurePath(m.name).name: tar.extractfile(m).read() for m in members}
-                while tar.fileobj.read(1 << 20):  # to the end, where the checksum is
-                    pass
-    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{path} is damaged or no tar file: {error}") from error
+    files = _batches(path, batches)
     missing = [batch for batch in batches if batch not in files and f"{batch}.bin" not in files]
     if missing:
         raise ValueError(
-            f"{path} lacks {', '.join(missing)} (each with or without .bin): give cifar-10-batches-bin, cifar-10-batches-py or an npz"
+            f"{path} lacks {', '.join(missing)} (each with or without .bin): give "
+            "cifar-10-batches-bin, cifar-10-batches-py or an npz"
         )
     parts = [
         _binary(files[f"{b}.bin"], f"{path}: {b}.bin")
@@ -215,9 +207,29 @@ def _cifar10(split, path):
         else _pickled(files[b], f"{path}: {b}")
         for b in batches
     ]
-    return np.concatenate([images for images, _ in parts]), np.concatenate(
-        [labels for _, labels in parts]
-    )
+    images, labels = zip(*parts, strict=True)
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def _batches(path, batches):
+    """{name: bytes} of the batches, with or without .bin, in a folder or a tar file."""
+    files = {}
+    try:
+        if path.is_dir():
+            for file in path.iterdir():
+                if file.name.removesuffix(".bin") in batches:
+                    files[file.name] = file.read_bytes()
+        else:
+            with tarfile.open(path) as tar:
+                for member in tar:
+                    name = pathlib.PurePath(member.name).name
+                    if member.isfile() and name.removesuffix(".bin") in batches:
+                        files[name] = tar.extractfile(member).read()
+                while tar.fileobj.read(1 << 20):  # to the end, where the checksum is
+                    pass
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{path} is damaged or no tar file: {error}") from error
+    return files
 
 
 def _binary(data, source):
@@ -228,7 +240,7 @@ def _binary(data, source):
 
 
 class _ArraysOnly(pickle.Unpickler):
-    """Reads pickled numpy arrays and refuses everything else: a pickle may otherwise run any program."""
+    """Reads pickled numpy arrays only, as a pickle may otherwise run any program."""
 
     def find_class(self, module, name):
         if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
@@ -243,9 +255,8 @@ class _ArraysOnly(pickle.Unpickler):
 def _pickled(data, source):
     try:
         batch = _ArraysOnly(io.BytesIO(data), encoding="latin1").load()
-        return np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32), np.asarray(
-            batch["labels"], np.uint8
-        )
+        images = np.asarray(batch["data"], np.uint8).reshape(-1, 3, 32, 32)
+        return images, np.asarray(batch["labels"], np.uint8)
     except Exception as error:  # a damaged pickle raises anything
         raise ValueError(f"{source} is damaged or no batch of CIFAR-10: {error}") from error
 
@@ -260,15 +271,18 @@ def _keras(split, path):
         ) from error
     if images.ndim != 4 or images.dtype != np.uint8:
         raise ValueError(
-            f"{path}: x_{split} must be uint8 [N, 32, 32, 3]; got {images.dtype} {list(images.shape)}"
+            f"{path}: x_{split} must be uint8 [N, 32, 32, 3]; "
+            f"got {images.dtype} {list(images.shape)}"
         )
     return images.transpose(0, 3, 1, 2), labels.reshape(-1)
 
 
 class ImageFolder:
-    """Images of a folder of class folders (labels: their sorted names), read when indexed, so that memory stays flat.
+    """Images in a folder of class folders, read when indexed, so that memory stays flat.
 
-    folder[index array [B]] gives float32 [B, 3, 224, 224] in [0, 1]: shorter side resized to 256, centre cropped (the field's). len(), .labels.
+    folder[index array [B]] gives float32 [B, 3, 224, 224] in [0, 1]: the shorter side is resized to
+    256 and the centre cropped, as in Cohen et al.'s code. `labels` are places among the sorted
+    names of the class folders.
     """
 
     def __init__(self, folder):
@@ -277,8 +291,9 @@ class ImageFolder:
         folder = pathlib.Path(folder)
         if not folder.is_dir() or not any(child.is_dir() for child in folder.iterdir()):
             raise FileNotFoundError(
-                f"{folder} must be a folder with one folder of images a class (n01440764, ...): ImageNet is not downloaded; get it from "
-                "https://image-net.org, sort the images into class folders, and put it there or give its path"
+                f"{folder} must be a folder with one folder of images per class (n01440764, ...): "
+                "ImageNet is not downloaded; get it from https://image-net.org, sort the images "
+                "into class folders, and put it there or give its path"
             )
         size = INFO["imagenet"].shape[1]
         steps = torchvision.transforms

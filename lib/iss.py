@@ -39,8 +39,7 @@ def decline(k, n_max, p, noise, alpha, kind="absolute"):
 
     Returns float64. Raises ValueError naming k, n_max, p, alpha or kind.
     """
-    check_level(alpha=alpha)
-    check_draws(n_max=n_max)
+    alpha, n_max = check_level(alpha=alpha), check_draws(n_max=n_max)
     check_choice(KINDS, kind=kind)
     k = np.asarray(k, dtype=np.float64)
     k, n_max, p = np.broadcast_arrays(k, n_max, check_probability(p, "p"))
@@ -133,8 +132,7 @@ def sample_size_map(n_max, decline, kind, noise, alpha, step=0.001):
 
     Returns a SampleSizeMap. Raises ValueError naming n_max, decline, kind, noise, alpha or step.
     """
-    check_draws(n_max=n_max)
-    check_level(alpha=alpha)
+    alpha, n_max = check_level(alpha=alpha), check_draws(n_max=n_max)
     check_choice(KINDS, kind=kind)
     if alpha > 0.5:
         raise ValueError(
@@ -216,8 +214,8 @@ def certify_iss(counts, noise, n0, n_max, sizes, alpha, reuse=False, prediction=
     Returns Certificates of B examples, never NaN. Raises ValueError naming n0, n_max, noise, alpha,
     reuse or prediction.
     """
-    check_draws(n0=n0, n_max=n_max)
-    check_level(alpha=alpha)
+    n0, n_max = check_draws(n0=n0, n_max=n_max)
+    alpha = check_level(alpha=alpha)
     if n0 > n_max:
         raise ValueError(f"n0 must be at most n_max = {n_max} draws; got {n0!r}")
     agrees = {
@@ -275,7 +273,7 @@ def failure_rate(p, n0, sizes, reuse=False, chosen=True):
 
     Returns a float, to compare with alpha. Raises ValueError naming p, n0 or reuse.
     """
-    check_draws(n0=n0)
+    n0 = check_draws(n0=n0)
     check_probability(p, "p")
     if n0 > sizes.n_max:
         raise ValueError(f"n0 must be at most the map's n_max = {sizes.n_max} draws; got {n0!r}")

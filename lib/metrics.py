@@ -1,20 +1,29 @@
-"""What the papers report of a set of certificates."""
+"""What the papers report of a set of certificates, and tables of it over several runs."""
 
 import numpy as np
+import pandas as pd
 
 from lib.checks import check_labels
 
 
 def average_certified_radius(certificates, labels):
-    """ACR: the mean radius, counted 0 where abstained or wrong (Zhai et al. 2020; Chen et al. 2022, equation 7). In the noise's units."""
+    """ACR: the mean radius, counted 0 where abstained or wrong; in the noise's units.
+
+    Zhai et al. 2020; Chen et al. 2022, equation 7.
+    """
     labels = check_labels(labels, len(certificates))
     return float(np.mean(np.where(certificates.prediction == labels, certificates.radius, 0.0)))
 
 
 def certified_accuracy(certificates, labels, radii):
-    """Approximate certified accuracy: the share of examples that are right and certified beyond r (Cohen et al. 2019, E; R > r, strictly).
+    """The fraction of examples that are right and certified beyond r (R > r, strictly).
 
-    radii: a number or array, >= 0. Returns float64 of the same shape. r = 0 gives the accuracy of the smoothed classifier.
+    The approximate certified accuracy of Cohen et al. 2019, appendix E. At r = 0 it is the
+    accuracy of the smoothed classifier.
+
+    - radii: a number or array, >= 0, in the units of the certificates.
+
+    Returns float64 of the shape of radii. Raises ValueError naming labels or radii.
     """
     labels = check_labels(labels, len(certificates))
     radii = np.asarray(radii, dtype=np.float64)
@@ -25,20 +34,24 @@ def certified_accuracy(certificates, labels, radii):
 
 
 def abstention(certificates):
-    """The share of examples on which the sampler abstained."""
+    """The fraction of examples on which the sampler abstained."""
     return float(np.mean(certificates.prediction < 0))
 
 
 def envelope(accuracies):
-    """The best certified accuracy at each radius over several noise levels: the maximum over the first axis of [S, R]."""
+    """The best certified accuracy at each radius over S noise levels: [S, R] -> [R]."""
     return np.max(np.asarray(accuracies), axis=0)
 
 
 def max_absolute_decline(before, after):
-    """MAD: the largest radius that any example lost between two sets of certificates (Chen et al. 2022, section on metrics).
+    """MAD: the largest radius that any example lost between two sets of certificates.
 
-    before, after: Certificates of the same examples, in the noise's units; abstained counts 0. It holds both runs' Monte Carlo error;
-    `lib.iss.decline` is the loss without it. Raises ValueError naming after.
+    Chen et al. 2022, section on metrics. It includes the Monte Carlo error of both runs;
+    `lib.iss.decline` is the loss without it.
+
+    - before, after: Certificates of the same examples; an abstention counts as radius 0.
+
+    Returns a radius in the noise's units. Raises ValueError naming after.
     """
     if len(before) != len(after):
         raise ValueError(
@@ -53,9 +66,65 @@ def average_sample_size(certificates):
 
 
 def speed_up(certificates, n):
-    """How many times fewer draws these certificates took than n draws (> 0) of every example would have."""
+    """How many times fewer draws these certificates took than n (> 0) of every example."""
     if not n > 0:
         raise ValueError(
             f"n must be a number of draws > 0, of the standard certification; got {n!r}"
         )
     return float(n / np.mean(certificates.n))
+
+
+def summarize(logs, radii=None):
+    """A table of certification logs, one row each.
+
+    - logs: {name: DataFrame of `lib.store.logs.read_log`}.
+    - radii: of the certified accuracies; default 0, 0.25, ... up to the largest radius.
+
+    Returns a DataFrame indexed by `log`, with columns examples; ACR (in the logs' units);
+    abstained (a fraction); draws, the mean number per example (NaN where a log does not say);
+    seconds per example; and, named by its radius, each certified accuracy. Raises ValueError on
+    an empty log.
+    """
+    for name, log in logs.items():
+        if not len(log):
+            raise ValueError(f"{name} holds no examples yet")
+    if radii is None:
+        radii = np.arange(0, max(log["radius"].max() for log in logs.values()) or 0.25, 0.25)
+    rows = {}
+    for name, log in logs.items():
+        certificates = as_certificates(log)
+        accuracy = certified_accuracy(certificates, log["label"], radii)
+        rows[name] = {
+            "examples": len(log),
+            "ACR": average_certified_radius(certificates, log["label"]),
+            "abstained": abstention(certificates),
+            "draws": float(log["n"].mean()) if "n" in log else np.nan,
+            "seconds": float(log["time"].mean()),
+        } | {f"{r:.12g}": a for r, a in zip(radii, accuracy, strict=True)}
+    return pd.DataFrame.from_dict(rows, orient="index").rename_axis("log")
+
+
+def as_certificates(log):
+    """A log with its class under the name that Certificates give it, for the metrics above."""
+    return log.rename(columns={"predict": "prediction"})
+
+
+def formatted(table):
+    """A summary as text: three decimals, whole numbers as such, a dash where a log does not say."""
+    return pd.DataFrame({c: [_cell(c)(v) for v in table[c]] for c in table}, index=table.index)
+
+
+def latex(table):
+    """A summary as LaTeX (booktabs), the best ACR and the best accuracy at each radius in bold."""
+    radii = [column for column in table if column[0].isdigit()]
+    style = table.reset_index().style.hide(axis="index")
+    style = style.format({column: _cell(column) for column in table}, escape="latex")
+    style = style.format_index(lambda c: f"$r = {c}$" if c in radii else c, axis=1)
+    if len(table) > 1:
+        style = style.highlight_max(subset=["ACR", *radii], props="textbf:--rwrap;")
+    return style.to_latex(hrules=True, column_format="l" + "r" * table.shape[1])
+
+
+def _cell(column):
+    digits = {"examples": ",.0f", "draws": ",.0f", "seconds": ".3g"}.get(column, ".3f")
+    return lambda value: "-" if np.isnan(value) else format(value, digits)

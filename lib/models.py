@@ -15,7 +15,10 @@ USUAL_DATA = (("cifar", "cifar10"), ("resnet", "imagenet"))
 
 
 class Normalize(nn.Module):
-    """First layer of every classifier here: (x - mean) / std per channel, so that noise and radii stay in units of pixels in [0, 1]."""
+    """(x - mean) / std per channel, the first layer of every classifier here.
+
+    Noise and radii stay in units of pixels in [0, 1].
+    """
 
     def __init__(self, mean, std):
         super().__init__()
@@ -27,7 +30,7 @@ class Normalize(nn.Module):
 
 
 def mlp(shape, classes, width=64):
-    """Two linear layers, for 8x8 digits: about 5,000 multiplications an image."""
+    """Two linear layers, for 8x8 digits: about 5,000 multiplications per image."""
     size = shape[0] * shape[1] * shape[2]
     return nn.Sequential(nn.Flatten(), nn.Linear(size, width), nn.ReLU(), nn.Linear(width, classes))
 
@@ -47,7 +50,10 @@ def small_cnn(shape, classes, width=8):
 
 
 class _BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut (He et al. 2016); the shortcut is a 1x1 convolution where the shape changes, as in the field's code."""
+    """Two 3x3 convolutions and a shortcut (He et al. 2016).
+
+    The shortcut is a 1x1 convolution where the shape changes, as in the code of Cohen et al.
+    """
 
     def __init__(self, inputs, outputs, stride):
         super().__init__()
@@ -68,7 +74,10 @@ class _BasicBlock(nn.Module):
 
 
 class CifarResNet(nn.Module):
-    """The CIFAR ResNet of 6 n + 2 layers and 16, 32, 64 channels (He et al. 2016), parameter names as in the published checkpoints of the field."""
+    """The CIFAR ResNet of 6 n + 2 layers and 16, 32, 64 channels (He et al. 2016).
+
+    Its parameters are named as in the checkpoints that Cohen et al. and their successors published.
+    """
 
     def __init__(self, depth, classes, channels=3):
         super().__init__()
@@ -95,10 +104,13 @@ class CifarResNet(nn.Module):
 
 
 def build(architecture, data):
-    """A new classifier for a data set (lib.data.INFO): Normalize with the data set's constants, then the network, as nn.Sequential.
+    """A new classifier: Normalize with the data set's constants, then the network.
 
-    architecture: "mlp", "small_cnn", "cifar_resnet20" or "cifar_resnet110" (272,474 and 1,730,714 parameters for 10 classes), or
-    torchvision's "resnet18" or "resnet50" (for images of 224x224). Raises ValueError naming architecture or data.
+    - architecture: "mlp", "small_cnn", "cifar_resnet20" or "cifar_resnet110" (272,474 and 1,730,714
+      parameters for 10 classes), or torchvision's "resnet18" or "resnet50" (for 224x224 pixels).
+    - data: name of a data set (lib.data.INFO).
+
+    Returns an nn.Sequential of two. Raises ValueError naming architecture or data.
     """
     check_choice(INFO, data=data)
     check_choice(ARCHITECTURES, architecture=architecture)
@@ -113,7 +125,8 @@ def _torchvision(name, shape, classes):
 
     if shape[0] != 3:
         raise ValueError(
-            f"architecture {name!r} takes images of 3 channels; this data set has {shape[0]}: take small_cnn or cifar_resnet20"
+            f"architecture {name!r} takes images of 3 channels; this data set has {shape[0]}: take "
+            "small_cnn or cifar_resnet20"
         )
     return getattr(torchvision.models, name)(weights=None, num_classes=classes)
 

@@ -12,6 +12,7 @@ import pandas as pd
 import seaborn as sns
 from IPython.display import Markdown, display
 
+from lib.metrics import as_certificates, certified_accuracy
 from lib.store.files import write_atomically
 
 
@@ -84,9 +85,31 @@ def table(frame, name, caption="", digits=3, bold=None):
             shown.loc[(cells == cells.max()).to_numpy(), column] = shown[column].map(
                 "**{}**".format
             )
-    rows = [list(map(str, frame.columns)), ["---"] * frame.shape[1], *shown.to_numpy().tolist()]
-    text = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    text = markdown(shown)
     display(Markdown(f"*{caption}*\n\n{text}" if caption else text))
+
+
+def markdown(cells):
+    """A DataFrame of texts as a Markdown table, its index left out."""
+    rows = [list(map(str, cells.columns)), ["---"] * cells.shape[1], *cells.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def draw_logs(logs, path):
+    """Write the certified accuracy of each log over the radius as a PNG, whole or not at all.
+
+    - logs: {name: DataFrame of `lib.store.logs.read_log`}.
+    """
+    radii = np.linspace(0, (max(log["radius"].max() for log in logs.values()) or 1.0) * 1.02, 500)
+    curves = {
+        name: certified_accuracy(as_certificates(log), log["label"], radii)
+        for name, log in logs.items()
+    }
+    style()
+    figure, axes = plt.subplots()
+    certified_accuracy_curves(axes, curves, radii)
+    axes.set_title("Fraction of examples that are right and certified beyond the radius")
+    write_png(figure, path)
 
 
 def certified_accuracy_curves(axes, curves, radii):

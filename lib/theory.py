@@ -1,4 +1,4 @@
-"""Classifiers whose smoothed probabilities are known exactly, and the Neyman-Pearson bound behind every certificate."""
+"""Classifiers whose smoothed probabilities are known, and the bounds behind every certificate."""
 
 import numpy as np
 import torch
@@ -14,15 +14,21 @@ def _check_pair(p_a, p_b, sigma):
     )
     if (p_a + p_b > 1 + 1e-12).any():
         raise ValueError(
-            f"p_a + p_b must be at most 1: they bound the probabilities of two different classes; got {(p_a + p_b).max()}"
+            "p_a + p_b must be at most 1: they bound the probabilities of two different classes; "
+            f"got {(p_a + p_b).max()}"
         )
     return p_a, p_b, sigma
 
 
 def cohen_radius(p_a, p_b, sigma):
-    """Certified l2 radius sigma/2 (Phi^-1(p_a) - Phi^-1(p_b)), tight (Cohen et al. 2019, theorems 1 and 2).
+    """Certified l2 radius sigma/2 (Phi^-1(p_a) - Phi^-1(p_b)), which is tight.
 
-    p_a: lower bound of the top class's probability, p_b: upper bound of every other's; all three broadcast; sigma in pixel units.
+    Cohen et al. 2019, theorems 1 and 2. The arguments broadcast.
+
+    - p_a: lower bound of the top class's probability.
+    - p_b: upper bound of every other class's probability; p_a + p_b <= 1.
+    - sigma: noise level, in units of pixels in [0, 1].
+
     Returns float64 radii, 0 where p_a <= p_b. Raises ValueError naming the argument.
     """
     p_a, p_b, sigma = _check_pair(p_a, p_b, sigma)
@@ -32,14 +38,15 @@ def cohen_radius(p_a, p_b, sigma):
 
 
 def _supremum(bound, low, high, points=400, rounds=5):
-    """sup of bound(t) over t in [low, high], elementwise: a grid, then ever finer grids about its best point.
+    """The supremum of bound(t) over t in [low, high], elementwise.
 
-    Every value it compares is itself a valid bound, so that a missed supremum loses radius but never soundness.
+    A grid is searched, then ever finer grids around its best point. Every value compared is itself
+    a valid bound, so that a missed supremum costs radius but never soundness.
     """
     best = np.zeros(np.shape(low))
-    share = np.linspace(0.0, 1.0, points).reshape(-1, *[1] * np.ndim(low))
+    grid = np.linspace(0.0, 1.0, points).reshape(-1, *[1] * np.ndim(low))
     for _ in range(rounds):
-        t = low + (high - low) * share
+        t = low + (high - low) * grid
         values = bound(t)
         best = np.maximum(best, values.max(axis=0))
         at = values.argmax(axis=0)
@@ -50,9 +57,13 @@ def _supremum(bound, low, high, points=400, rounds=5):
 
 
 def lecuyer_bound(p_a, p_b, beta, sigma):
-    """The radius of Lecuyer et al. (2019) at one setting of its parameter beta (Cohen et al. 2019, equation 30); 0 where it says nothing.
+    """The l2 radius of Lecuyer et al. (2019) at one beta; 0 where the bound is vacuous.
 
-    sigma beta / sqrt(2 log(1.25 (1 + e^beta) / (p_a - e^(2 beta) p_b))), for 0 < beta <= min(1, log(p_a / p_b) / 2).
+    sigma beta / sqrt(2 log(1.25 (1 + e^beta) / (p_a - e^(2 beta) p_b))), for
+    0 < beta <= min(1, log(p_a / p_b) / 2) (Cohen et al. 2019, equation 30).
+
+    - p_a, p_b, sigma: as for `cohen_radius`.
+    - beta: the bound's parameter; all arguments broadcast.
     """
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         margin = (p_a - p_b) - np.expm1(2 * beta) * p_b
@@ -61,9 +72,10 @@ def lecuyer_bound(p_a, p_b, beta, sigma):
 
 
 def lecuyer_radius(p_a, p_b, sigma):
-    """Certified l2 radius of Lecuyer et al. (2019): the supremum of `lecuyer_bound` over beta (Cohen et al. 2019, I.1, equation 31).
+    """Certified l2 radius of Lecuyer et al. (2019): the supremum of `lecuyer_bound` over beta.
 
-    Same arguments, units and errors as `cohen_radius`, which is larger everywhere.
+    Cohen et al. 2019, I.1, equation 31. Arguments, units and errors are those of `cohen_radius`,
+    which is larger everywhere.
     """
     p_a, p_b, sigma = _check_pair(p_a, p_b, sigma)
     top = np.minimum(1.0, np.log1p(np.maximum(p_a - p_b, 0) / np.maximum(p_b, 1e-300)) / 2)
@@ -71,13 +83,18 @@ def lecuyer_radius(p_a, p_b, sigma):
 
 
 def li_bound(p_a, p_b, order, sigma):
-    """The radius of Li et al. (2018) at one order of its Renyi divergence (Cohen et al. 2019, equation 37); 0 where it says nothing.
+    """The l2 radius of Li et al. (2018) at one order; 0 where the bound is vacuous.
 
-    sigma sqrt(-2/order log(1 - p_a - p_b + 2 M)), with M the power mean of p_a and p_b of exponent 1 - order, M^(1 - order) =
-    (p_a^(1 - order) + p_b^(1 - order)) / 2: the exponent outside is 1/(1 - order), the geometric mean at order 1.
+    sigma sqrt(-2/order log(1 - p_a - p_b + 2 M)), where M is the power mean of p_a and p_b of
+    exponent 1 - order: M^(1 - order) = (p_a^(1 - order) + p_b^(1 - order)) / 2, and the geometric
+    mean at order 1 (Cohen et al. 2019, equation 37).
+
+    - p_a, p_b, sigma: as for `cohen_radius`.
+    - order: of the Renyi divergence, > 0; all arguments broadcast.
     """
-    # With u = log(p_a / p_b) / 2: p_a + p_b = 2 sqrt(p_a p_b) cosh(u) and M = sqrt(p_a p_b) cosh((1 - order) u)^(1 / (1 - order)).
-    # Their difference is taken in logarithms: as written above, it drowns in rounding where p_a is close to p_b.
+    # With u = log(p_a / p_b) / 2: p_a + p_b = 2 sqrt(p_a p_b) cosh(u), and
+    # M = sqrt(p_a p_b) cosh((1 - order) u)^(1 / (1 - order)). Their difference is taken in
+    # logarithms: as written above it is lost to rounding where p_a is close to p_b.
     p_b = np.maximum(p_b, 1e-300)
     power = np.where(order == 1, 1e-300, 1 - order)
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
@@ -98,53 +115,76 @@ def _log_cosh(x):
 
 
 def li_radius(p_a, p_b, sigma):
-    """Certified l2 radius of Li et al. (2018): the supremum of `li_bound` over the order (Cohen et al. 2019, I.2, equation 38).
+    """Certified l2 radius of Li et al. (2018): the supremum of `li_bound` over the order.
 
-    Same arguments, units and errors as `cohen_radius`, which is larger everywhere. The order is searched on a logarithmic scale.
+    Cohen et al. 2019, I.2, equation 38. Arguments, units and errors are those of `cohen_radius`,
+    which is larger everywhere. The order is searched on a logarithmic scale.
     """
     p_a, p_b, sigma = _check_pair(p_a, p_b, sigma)
-    # The best order is between 0.7 and 1.6, also where p_a is close to p_b (tests/test_theory.py); the range searched is wider.
+    # The best order is between 0.7 and 1.6, also where p_a is close to p_b (tests/test_theory.py);
+    # the range searched is wider.
     low, high = np.full(p_a.shape, -14.0), np.full(p_a.shape, 3.0)
     return _supremum(lambda t: li_bound(p_a, p_b, np.exp(t), sigma), low, high)[()]
 
 
 def least_probability(p, distance, sigma):
-    """The least that a class's probability p at x can be at l2 `distance` from x under Gaussian noise (Cohen et al. 2019, A, equation 13).
+    """The least probability that a class can have at a distance, under Gaussian noise.
 
-    Phi(Phi^-1(p) - distance/sigma), attained by a half-space, for every base classifier (lemma 4, part 1). Arguments broadcast.
+    Phi(Phi^-1(p) - distance/sigma), for every base classifier; a half-space attains it (Cohen et
+    al. 2019, appendix A, equation 13; lemma 4, part 1). The arguments broadcast.
+
+    - p: the class's probability at x.
+    - distance: l2 distance from x, in units of pixels in [0, 1].
+    - sigma: noise level, in the same units.
     """
     return ndtr(ndtri(check_probability(p, "p")) - np.asarray(distance) / check_sigma(sigma))[()]
 
 
 def greatest_probability(p, distance, sigma):
-    """The greatest that a class's probability p at x can be at l2 `distance` from x (Cohen et al. 2019, A, equation 14; lemma 4, part 2)."""
+    """The greatest probability that a class can have at a distance (arguments as above).
+
+    Cohen et al. 2019, appendix A, equation 14; lemma 4, part 2.
+    """
     return ndtr(ndtri(check_probability(p, "p")) + np.asarray(distance) / check_sigma(sigma))[()]
 
 
 def most_powerful(mu_x, mu_y, level):
-    """The greatest P(h(Y) = 1) of any rule h, random ones included, with P(h(X) = 1) <= level (Neyman-Pearson; Cohen et al. 2019, lemma 3).
+    """The greatest P(h(Y) = 1) of any rule h, random ones included, with P(h(X) = 1) <= level.
 
-    Atoms are taken in the order of their likelihood ratio mu_y / mu_x, the last one with a probability: a fractional knapsack, so that the
-    answer is piecewise linear in the level. mu_x, mu_y: probabilities [M] of the same atoms. level: in [0, 1], any shape. Returns float64.
+    The Neyman-Pearson lemma (Cohen et al. 2019, lemma 3). Atoms are taken in the order of their
+    likelihood ratio mu_y / mu_x, the last one with a probability: a fractional knapsack, so that
+    the answer is piecewise linear in the level.
+
+    - mu_x, mu_y: probabilities [M] of the same atoms under X and Y.
+    - level: in [0, 1], any shape.
+
+    Returns float64 of the shape of level. Raises ValueError naming mu_x, mu_y or level.
     """
     mu_x, mu_y = check_probability(mu_x, "mu_x"), check_probability(mu_y, "mu_y")
     for name, mu in {"mu_x": mu_x, "mu_y": mu_y}.items():
         if mu.ndim != 1 or mu.shape != mu_x.shape or abs(mu.sum() - 1) > 1e-9:
             raise ValueError(
-                f"{name} must be probabilities of the same M atoms that sum to 1; got shape {mu.shape} and sum {mu.sum():.6g}"
+                f"{name} must be probabilities of the same M atoms that sum to 1; "
+                f"got shape {mu.shape} and sum {mu.sum():.6g}"
             )
-    order = np.argsort(
-        -np.arctan2(mu_y, mu_x), kind="stable"
-    )  # the order of the ratio, also where mu_x is 0
+    # The angle has the order of the ratio, also where mu_x is 0.
+    order = np.argsort(-np.arctan2(mu_y, mu_x), kind="stable")
     used, power = (np.concatenate([[0.0], np.cumsum(mu[order])]) for mu in (mu_x, mu_y))
     return np.interp(check_probability(level, "level"), used, power)
 
 
 def plane_probabilities(labels, edges, x1, x2, sigma):
-    """Class probabilities of a classifier of the plane under Gaussian noise, exact because it is constant on the cells of a grid.
+    """Exact class probabilities, under Gaussian noise, of a classifier of the plane.
 
-    labels: int [E + 1, E + 1], the class of each cell, first axis along x1. edges: the E increasing grid lines of both axes; the outermost
-    cells reach to infinity. x1 [N], x2 [M]: coordinates of the points. Returns float64 [C, N, M].
+    The classifier is constant on the cells of a grid, whose outermost cells reach to infinity.
+
+    - labels: int [E + 1, E + 1], the class of each cell, first axis along x1.
+    - edges: the E increasing grid lines of both axes.
+    - x1: first coordinates [N] of the points.
+    - x2: second coordinates [M].
+    - sigma: noise level, in units of the coordinates.
+
+    Returns float64 [C, N, M]. Raises ValueError naming labels or sigma.
     """
     labels = np.asarray(labels)
     if (
@@ -153,7 +193,8 @@ def plane_probabilities(labels, edges, x1, x2, sigma):
         or labels.min() < 0
     ):
         raise ValueError(
-            f"labels must be classes >= 0 of the {len(edges) + 1} x {len(edges) + 1} cells; got {labels.shape} of {labels.dtype}"
+            f"labels must be classes >= 0 of the {len(edges) + 1} x {len(edges) + 1} cells; "
+            f"got {labels.shape} of {labels.dtype}"
         )
     lines = np.concatenate([[-np.inf], edges, [np.inf]])
     mass = [
@@ -166,10 +207,16 @@ def plane_probabilities(labels, edges, x1, x2, sigma):
 
 
 class LinearClassifier(nn.Module):
-    """f(x) = sign(w'x + b) as logits [B, 2], class 1 where w'x + b > 0; knows its margin and its probabilities under noise exactly.
+    """f(x) = sign(w'x + b) as logits [B, 2], class 1 where w'x + b > 0.
 
-    Smoothing does not change it, and theorem 1 with the exact p_A certifies exactly its margin, whatever sigma (Cohen et al. 2019, B).
-    weight: numbers, as many as an image has pixels, not all 0. bias: a number. Raises ValueError naming weight.
+    Its margin and its class probabilities under noise are known exactly. Smoothing does not change
+    it, and theorem 1 with the exact p_A certifies exactly its margin, whatever sigma (Cohen et al.
+    2019, appendix B).
+
+    - weight: w, as many numbers as an image has pixels, not all 0.
+    - bias: b, a number.
+
+    Raises ValueError naming weight.
     """
 
     def __init__(self, weight, bias=0.0):
@@ -185,24 +232,26 @@ class LinearClassifier(nn.Module):
         return torch.stack([-score, score], dim=1)
 
     def margin(self, x):
-        """Signed l2 distance (w'x + b) / ||w|| of each image to the boundary: float64 [B], in units of pixels in [0, 1]."""
+        """Signed l2 distance (w'x + b) / ||w|| of each image to the boundary, float64 [B]."""
         weight = self.weight.double()
         return ((x.flatten(1).double() @ weight + self.bias.double()) / weight.norm()).numpy()
 
     def top_probability(self, x, sigma):
-        """p_A = Phi(|w'x + b| / (sigma ||w||)), exact: float64 [B] (Cohen et al. 2019, proposition 4)."""
+        """Exact p_A = Phi(|w'x + b| / (sigma ||w||)), float64 [B] (proposition 4)."""
         return ndtr(np.abs(self.margin(x)) / check_sigma(sigma))
 
     def nearest_flip(self, x):
-        """The nearest points of the boundary, x - margin w/||w||, [B, ...]: theorem 1's radius away exactly (Cohen et al. 2019, proposition 5)."""
+        """The nearest points of the boundary, x - margin w/||w||, [B, ...].
+
+        They lie at exactly the radius that theorem 1 certifies (proposition 5).
+        """
         unit = (self.weight.double() / self.weight.double().norm()).view(1, *x.shape[1:])
-        return (
-            x.double() - torch.from_numpy(self.margin(x)).view(-1, *[1] * (x.ndim - 1)) * unit
-        ).to(x.dtype)
+        margin = torch.from_numpy(self.margin(x)).view(-1, *[1] * (x.ndim - 1))
+        return (x.double() - margin * unit).to(x.dtype)
 
 
 class WorstCaseClassifier(nn.Module):
-    """The base classifier of theorem 2: consistent with p_a and p_b at x, and flipped just beyond theorem 1's radius (see worst_case_classifier)."""
+    """The base classifier of theorem 2, made by `worst_case_classifier`."""
 
     def __init__(self, x, direction, p_a, p_b, sigma):
         super().__init__()
@@ -210,7 +259,8 @@ class WorstCaseClassifier(nn.Module):
         self.radius = float(cohen_radius(p_a, p_b, sigma))
         rest = max(0.0, 1 - p_a - p_b)
         slabs = int(np.ceil(rest / p_b - 1e-9)) if rest > 1e-12 else 0
-        # Along the direction: c_A = 0, then the other classes 2, 3, ... in slabs of equal probability at x, then c_B = 1.
+        # Along the direction: c_A = 0, then the other classes 2, 3, ... in slabs of equal
+        # probability at x, then c_B = 1.
         self.cuts = sigma * ndtri(p_a + rest * np.arange(slabs + 1) / max(slabs, 1))
         self.register_buffer("order", torch.tensor([0, *range(2, slabs + 2), 1]))
         self.register_buffer("x", x.detach().clone())
@@ -218,70 +268,89 @@ class WorstCaseClassifier(nn.Module):
 
     def forward(self, z):
         along = (z - self.x).flatten(1) @ self.unit.flatten()
-        slab = torch.bucketize(
-            along, torch.as_tensor(self.cuts, dtype=along.dtype, device=along.device)
-        )
+        cuts = torch.as_tensor(self.cuts, dtype=along.dtype, device=along.device)
+        slab = torch.bucketize(along, cuts)
         return nn.functional.one_hot(self.order[slab], len(self.order)).to(z.dtype)
 
     def probabilities(self, distance):
-        """Class probabilities under noise at `distance` from x along the direction: distance [T] -> float64 [T, C], rows summing to 1."""
+        """Class probabilities [T, C] under noise at distances [T] from x along the direction."""
         distance = np.asarray(distance, dtype=np.float64).reshape(-1, 1)
         inner = ndtr((self.cuts - distance) / self.sigma)
         slabs = np.diff(inner, axis=1)
-        first, second = (
-            least_probability(self.p_a, distance, self.sigma),
-            greatest_probability(self.p_b, distance, self.sigma),
-        )
+        first = least_probability(self.p_a, distance, self.sigma)
+        second = greatest_probability(self.p_b, distance, self.sigma)
         return np.concatenate([first, second, slabs], axis=1)
 
 
 def worst_case_classifier(x, delta_direction, p_a, p_b, sigma):
-    """The classifier that shows theorem 1 tight (Cohen et al. 2019, theorem 2): a half-space A of class 0, one B of class 1, other classes between.
+    """The classifier that shows that theorem 1 is tight (Cohen et al. 2019, theorem 2).
 
-    Under noise at x: P(class 0) = p_a, P(class 1) = p_b exactly, every other class at most p_b (there are as many as that takes), so theorem 1
-    certifies `radius`; at x + t u, u the unit vector of delta_direction, class 0 wins for 0 <= t < radius and loses to class 1 for t > radius.
+    One half-space is of class 0, one of class 1, other classes lie between. Under noise at x,
+    P(class 0) = p_a and P(class 1) = p_b exactly, and every other class has at most p_b (there are
+    as many as that takes). Theorem 1 therefore certifies `radius`. At x + t u, u being the unit
+    vector of delta_direction, class 0 wins for 0 <= t < radius and loses to class 1 for t > radius.
 
-    x: float tensor [C, H, W]; delta_direction: tensor of its shape, not 0. p_a > p_b > 0, p_a + p_b <= 1. sigma > 0 in units of x.
-    Returns a WorstCaseClassifier (nn.Module, logits one-hot). Raises ValueError naming the argument.
+    - x: float tensor [C, H, W].
+    - delta_direction: tensor of the shape of x, not 0.
+    - p_a, p_b: p_a > p_b > 0, p_a + p_b <= 1.
+    - sigma: noise level > 0, in units of x.
+
+    Returns a WorstCaseClassifier (nn.Module with one-hot logits). Raises ValueError that names the
+    argument.
     """
     check_sigma(sigma)
-    check_level(p_a=p_a, p_b=p_b)
+    p_a, p_b = check_level(p_a=p_a, p_b=p_b)
     if not p_a > p_b or p_a + p_b > 1 + 1e-12:
         raise ValueError(
-            f"p_a and p_b must satisfy p_a > p_b and p_a + p_b <= 1, two classes' probabilities; got {p_a} and {p_b}"
+            "p_a and p_b must satisfy p_a > p_b and p_a + p_b <= 1, two classes' probabilities; "
+            f"got {p_a} and {p_b}"
         )
     if (1 - p_a - p_b) / p_b > 10_000:
         raise ValueError(
-            f"p_b must be at least (1 - p_a - p_b) / 10,000, so that 10,000 other classes suffice; got {p_b} beside p_a = {p_a}"
+            "p_b must be at least (1 - p_a - p_b) / 10,000, so that 10,000 other classes suffice; "
+            f"got {p_b} beside p_a = {p_a}"
         )
     if delta_direction.shape != x.shape or not delta_direction.any():
         raise ValueError(
-            f"delta_direction must be a direction of x's shape {list(x.shape)}, not 0; got shape {list(delta_direction.shape)}"
+            f"delta_direction must be a direction of x's shape {list(x.shape)}, not 0; "
+            f"got shape {list(delta_direction.shape)}"
         )
     return WorstCaseClassifier(x, delta_direction, p_a, p_b, sigma)
 
 
 def average_pooled(model, factor=2):
-    """The classifier of high-resolution images that averages squares of factor x factor pixels and asks `model` (Cohen et al. 2019, proposition 6).
+    """The classifier that averages squares of factor x factor pixels, then asks `model`.
 
-    Smoothed at factor * sigma it has `model`'s class probabilities at sigma, hence `factor` times its certified radii.
+    Smoothed at factor * sigma it has the class probabilities of `model` at sigma, and so `factor`
+    times its certified radii (Cohen et al. 2019, proposition 6).
+
+    - model: nn.Module, logits from images [B, C, H, W].
+    - factor: whole number >= 1.
+
+    Returns an nn.Module of images [B, C, factor H, factor W]. Raises ValueError naming factor.
     """
-    check_draws(factor=factor)
-    return nn.Sequential(nn.AvgPool2d(int(factor)), model)
+    factor = check_draws(factor=factor)
+    return nn.Sequential(nn.AvgPool2d(factor), model)
 
 
 def unpooled(x, factor):
-    """Black-and-white images [B, C, factor H, factor W] whose average over squares of factor x factor pixels is exactly x.
+    """Black-and-white images whose average over squares of factor x factor pixels is exactly x.
 
-    In each square the pixels that a smooth enlargement makes brightest are white. Needs pixels that are multiples of 1 / factor^2 (the digits
-    are, at factor 4: they were made by counting the pixels of 4x4 squares). Raises ValueError naming factor or x.
+    In each square the pixels that a smooth enlargement makes brightest are white.
+
+    - x: images [B, C, H, W] of pixels that are multiples of 1 / factor^2. (The digits are, at
+      factor 4: they were made by counting the pixels of 4x4 squares.)
+    - factor: whole number >= 1.
+
+    Returns float32 [B, C, factor H, factor W]. Raises ValueError naming factor or x.
     """
-    check_draws(factor=factor)
+    factor = check_draws(factor=factor)
     check_images(x)
     white = x.double() * factor**2
     if not torch.equal(white, white.round()):
         raise ValueError(
-            f"x must have pixels that are multiples of 1/{factor**2}, to be made of black and white squares; try another factor"
+            f"x must have pixels that are multiples of 1/{factor**2}, to be made of black and "
+            "white squares; try another factor"
         )
     smooth = nn.functional.interpolate(
         x.double(), scale_factor=factor, mode="bicubic", align_corners=False
@@ -289,6 +358,5 @@ def unpooled(x, factor):
     squares = nn.functional.pixel_unshuffle(smooth.flatten(0, 1)[:, None], factor)
     # Rounded, so that ties are broken by position on every machine.
     rank = (-squares.round(decimals=6)).argsort(dim=1, stable=True).argsort(dim=1, stable=True)
-    return nn.functional.pixel_shuffle((rank < white.flatten(0, 1)[:, None]).float(), factor).view(
-        *x.shape[:2], *smooth.shape[2:]
-    )
+    chosen = (rank < white.flatten(0, 1)[:, None]).float()
+    return nn.functional.pixel_shuffle(chosen, factor).view(*x.shape[:2], *smooth.shape[2:])

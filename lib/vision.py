@@ -1,8 +1,10 @@
-"""The one place that imports torchvision: `from lib.vision import torchvision`, inside functions only, as it takes seconds.
+"""The one place that imports torchvision, inside functions only, as that takes seconds.
 
-torchvision registers kernels for two operators of its compiled part when it is first imported. Beside a build of torch that this part was
-not made for (a CPU build with the PyPI wheel of torchvision) they do not exist and the import fails, although models, transforms and data
-sets need neither. They are declared here where they are missing, and only there.
+`from lib.vision import torchvision`. When torchvision is first imported it registers kernels for
+two operators of its compiled part. Beside a build of torch that this part was not made for (a CPU
+build with the PyPI wheel of torchvision) the operators do not exist and the import fails, although
+models, transforms and data sets need neither. They are declared here where they are missing, and
+only there.
 """
 
 import importlib

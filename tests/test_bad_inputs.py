@@ -4,6 +4,7 @@ Run as a script (`python tests/test_bad_inputs.py`) it prints every message.
 """
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pandas as pd
@@ -94,6 +95,10 @@ BAD = {
     "alpha text": (lambda: run(alpha="0.001"), ["alpha", "'0.001'"]),
     "alpha list": (lambda: run(alpha=[0.001]), ["alpha", "[0.001]"]),
     "alpha complex": (lambda: run(alpha=0.1 + 0j), ["alpha"]),
+    "alpha that a double rounds to 1": (
+        lambda: run(alpha=Fraction(10**20 - 1, 10**20)),
+        ["alpha", "(0, 1)"],
+    ),
     "alpha too small": (
         lambda: bounds.clopper_pearson_lower(3, 5, 1e-250),
         ["alpha", "1e-200", "1e-250"],
@@ -113,6 +118,19 @@ BAD = {
     "n of the wrong length": (lambda: votes().draw([1, 2, 3]), ["n must", "2 of them"]),
     "n matrix": (lambda: SimulatedCounts([[0.5, 0.5]]).draw([[1]]), ["n must"]),
     "draws negative": (lambda: votes().draw([-1, 2]), ["n must", "at least 0", "-1"]),
+    "n beyond the checked range": (
+        lambda: bounds.clopper_pearson_lower(5, 10**10 + 1, 0.001),
+        ["n must", "at most 1e+10"],
+    ),
+    "n of an upper bound beyond the checked range": (
+        lambda: bounds.clopper_pearson_upper(5, 1e12, 0.001),
+        ["n must", "at most 1e+10"],
+    ),
+    "n beyond 63 bits": (lambda: run(n=np.uint64(2**63)), ["n must", "at most 1e+10"]),
+    "draws beyond 63 bits": (
+        lambda: votes().draw(np.uint64(2**63)),
+        ["n must", "at most 1e+10"],
+    ),
     "n0 0": (lambda: run(n0=0), ["n0 must", "at least 1"]),
     "n0 float": (lambda: run(n0=10.5), ["n0 must", "whole", "10.5"]),
     "noise of other draws": (
@@ -166,6 +184,14 @@ BAD = {
     "counts negative": (lambda: RecordedCounts([[1, -2]]), ["counts", ">= 0", "-2"]),
     "counts real": (lambda: RecordedCounts([[1.0, 2.0]]), ["counts", "whole", "float64"]),
     "counts empty": (lambda: RecordedCounts(np.zeros((0, 3), dtype=int)), ["counts", "(0, 3)"]),
+    "counts beyond 63 bits": (
+        lambda: RecordedCounts(np.array([[2**63, 1]], dtype=np.uint64)),
+        ["counts", "below 2^63"],
+    ),
+    "counts that numpy cannot draw from": (
+        lambda: RecordedCounts([[5, 5], [600_000_000, 400_000_000]]),
+        ["counts", "fewer than 1e+09 votes", "got 1e+09", "shorter record"],
+    ),
     "index of the wrong length": (
         lambda: RecordedCounts([[1, 2]], index=[0, 1]),
         ["index", "1 whole numbers", "(2,)"],
@@ -321,6 +347,10 @@ BAD = {
     "log with n 0": (
         lambda: counts_from_log(LOG, Gaussian(0.5), 0, 0.001),
         ["n must", "at least 1"],
+    ),
+    "log with another count taken": (
+        lambda: counts_from_log(LOG, Gaussian(0.5), 100, 0.001, take="highest"),
+        ["take", "'middle'", "'lowest'", "'highest'"],
     ),
     "log with alpha 2": (lambda: counts_from_log(LOG, Gaussian(0.5), 100, 2), ["alpha", "(0, 1)"]),
     "architecture unknown": (

@@ -4,6 +4,7 @@ from decimal import Decimal, localcontext
 from fractions import Fraction
 from math import comb
 
+import mpmath
 import numpy as np
 import pytest
 from hypothesis import given
@@ -280,6 +281,74 @@ def test_repeated_counts_are_each_given_their_own_bound():
             clopper_pearson_lower(a, b, 0.01) for a, b in zip(k.flat, draws.flat, strict=True)
         ]
         np.testing.assert_array_equal(clopper_pearson_lower(k, draws, 0.01).ravel(), expected)
+
+
+NARROW = [
+    np.float16(0.001),
+    np.float32(0.001),
+    np.float64(0.001),
+    np.longdouble("0.001"),
+    Fraction(1, 1000),
+]
+
+
+@pytest.mark.parametrize("alpha", NARROW, ids=lambda alpha: type(alpha).__name__)
+def test_levels_of_any_type_are_computed_in_double_precision(alpha):
+    """The value of the level counts, not its type; a Fraction is meant exactly."""
+    k, n = np.array([0, 1, 15, 19, 20]), 20
+    exact = alpha if isinstance(alpha, Fraction) else Fraction(float(alpha))
+    for bound in (clopper_pearson_lower, clopper_pearson_upper):
+        np.testing.assert_array_equal(bound(k, n, alpha), bound(k, n, float(alpha)))
+    for hits, low in zip(k[1:], clopper_pearson_lower(k, n, alpha)[1:], strict=True):
+        assert exact_tail(int(hits), n, Fraction(low)) <= exact
+    for levels in ((alpha, 0.001), (0.001, alpha)):
+        assert certified_accuracy_lower(400, 500, *levels) == certified_accuracy_lower(
+            400, 500, *map(float, levels)
+        )
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint16, np.int32, np.uint64, np.float32])
+def test_counts_of_any_type_give_the_same_bound(dtype):
+    k, n = np.array([0, 3, 99, 100], dtype=dtype), dtype(100)
+    for bound in (clopper_pearson_lower, clopper_pearson_upper):
+        expected = bound(np.array([0, 3, 99, 100]), 100, 0.001)
+        np.testing.assert_array_equal(bound(k, n, 0.001), expected)
+    assert top_class_pvalue(dtype(100), dtype(90)) == top_class_pvalue(100, 90)
+    assert certified_accuracy_lower(dtype(90), dtype(100), 0.001, 0.01) == certified_accuracy_lower(
+        90, 100, 0.001, 0.01
+    )
+
+
+@pytest.mark.parametrize("n", [10**8, 10**9, 10**10])
+@pytest.mark.parametrize("alpha", [1e-9, 0.001, 0.3])
+def test_lower_is_never_too_high_up_to_1e10_draws(n, alpha):
+    """Few misses by the sum of their terms; everywhere else by a continued fraction of mpmath's."""
+    for misses in (0, 1, 7, 60, 400):
+        bound = clopper_pearson_lower(n - misses, n, alpha)
+        assert long_tail(misses, n, bound) <= Decimal(alpha)
+    for part in (1e-6, 0.3, 0.5, 0.5001, 0.9, 0.999):
+        k = int(n * part)
+        bound = clopper_pearson_lower(k, n, alpha)
+        with mpmath.workdps(40):
+            tail = beta_tail(mpmath.mpf(k), mpmath.mpf(n - k + 1), mpmath.mpf(float(bound)))
+            assert alpha * (1 - mpmath.mpf("2e-6")) <= tail <= alpha
+
+
+def beta_tail(a, b, x):
+    """I_x(a, b) by its continued fraction (Abramowitz & Stegun 26.5.8; modified Lentz)."""
+    scale = mpmath.loggamma(a + b) - mpmath.loggamma(a) - mpmath.loggamma(b)
+    front = mpmath.exp(scale + a * mpmath.log(x) + b * mpmath.log1p(-x)) / a
+    c, d = mpmath.mpf(1), 1 / (1 - (a + b) * x / (a + 1))
+    fraction, m = d, 0
+    while True:
+        m += 1
+        even = m * (b - m) * x / ((a + 2 * m - 1) * (a + 2 * m))
+        odd = -(a + m) * (a + b + m) * x / ((a + 2 * m) * (a + 2 * m + 1))
+        for term in (even, odd):
+            d, c = 1 / (1 + term * d), 1 + term / c
+            fraction *= c * d
+        if abs(c * d - 1) < mpmath.mpf(10) ** -30:
+            return front * fraction
 
 
 def test_lower_covers():

@@ -1,5 +1,7 @@
 """PREDICT and CERTIFY: the paper's pseudo-code step by step, examples by hand, and the audit of what they promise."""
 
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from audit import audit, certify_cases, exact_rate, predict_cases, run_certify, run_predict
@@ -82,6 +84,31 @@ def test_certify_with_draws_and_noise_of_each_example():
         rtol=1e-9,
     )
     np.testing.assert_array_equal(source.remaining.sum(axis=1), [0, 0, 180])
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.int16, np.uint64])
+def test_draws_of_any_whole_type_are_added_up_in_64_bits(dtype):
+    """In uint8, 100 + 200 draws would be reported as 44; in int8, 100 + 100 as -56."""
+    n0, n = dtype(100), dtype(100 if dtype is np.int8 else 200)
+    for each in (np.asarray, lambda draws: np.full(2, draws)):
+        source = RecordedCounts([[500, 0], [0, 500]])
+        found = certify(source, Gaussian(0.5), each(n0), each(n), alpha=Fraction(1, 1000))
+        np.testing.assert_array_equal(found.n, int(n0) + int(n))
+        np.testing.assert_array_equal(source.remaining.sum(axis=1), 500 - found.n)
+        np.testing.assert_allclose(found.p_lower, 0.001 ** (1 / int(n)), rtol=1e-9)
+
+
+@pytest.mark.parametrize("kind", [np.float16, np.float32, Fraction])
+def test_a_level_of_any_type_is_the_level(kind):
+    alpha = kind(0.05)
+    votes = [[90, 10], [60, 40], [59, 41], [58, 42]]
+    source, again = (Scripted(votes, votes) for _ in range(2))
+    found = certify(source, Gaussian(0.5), 100, 100, alpha)
+    expected = certify(again, Gaussian(0.5), 100, 100, float(alpha))
+    np.testing.assert_array_equal(found.radius, expected.radius)
+    np.testing.assert_array_equal(
+        predict(Scripted(votes), 100, alpha), predict(Scripted(votes), 100, float(alpha))
+    )
 
 
 def test_certify_with_the_class_given():

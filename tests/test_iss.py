@@ -312,6 +312,22 @@ def test_reused_draws_count_in_the_bound_and_fresh_ones_do_not(n0, reuse):
     assert got.p_lower[0] == clopper_pearson_lower(hits[0, 0], hits[0].sum(), ALPHA)
 
 
+@pytest.mark.parametrize("dtype", [np.uint8, np.int8, np.uint64])
+def test_draws_of_any_whole_type_are_added_up_in_64_bits(dtype):
+    """In uint8, 100 + 200 draws would be reported as 44."""
+    found = sample_size_map(dtype(120), 0.2, "absolute", NOISE, np.float32(0.05))
+    expected = sample_size_map(120, 0.2, "absolute", NOISE, float(np.float32(0.05)))
+    np.testing.assert_array_equal(found.sizes, expected.sizes)
+    for draws in ("fresh", "reused"):
+        source = RecordedCounts([[1000, 0], [0, 1000]])
+        got = certify_iss(source, NOISE, dtype(110), dtype(120), found, np.float32(0.05), draws)
+        np.testing.assert_array_equal(got.n, 1000 - source.remaining.sum(axis=1))
+        assert (got.n >= 110).all()
+        assert failure_rate(0.7, dtype(110), found, draws) == failure_rate(
+            0.7, 110, expected, draws
+        )
+
+
 def test_an_interval_below_one_half_abstains_after_n0_draws():
     found = sample_size_map(1000, 0.1, "absolute", NOISE, ALPHA, step=0.5)
     for reuse in (False, True):

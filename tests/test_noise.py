@@ -6,7 +6,7 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
-from scipy.stats import kstest, norm
+from scipy.stats import binomtest, kstest, norm
 
 from lib.noise import Gaussian
 from lib.theory import cohen_radius, lecuyer_bound, lecuyer_radius, li_bound, li_radius
@@ -77,6 +77,25 @@ def test_one_sigma_per_example():
     assert single.select([2, 2, 0]) is single
 
 
+def tails_are_normal(z):
+    """How often |z| exceeds 3, 3.5 and 4: a truncation there escapes Kolmogorov and Smirnov."""
+    for limit in (3.0, 3.5, 4.0):
+        beyond = int((np.abs(z) > limit).sum())
+        if binomtest(beyond, z.size, 2 * norm.sf(limit)).pvalue <= 1e-4:
+            return False
+    return True
+
+
+def test_the_check_of_tails_sees_a_truncation():
+    """Clamped at 3 sigma, 320,000 draws still pass the Kolmogorov-Smirnov test."""
+    z = np.random.default_rng(0).standard_normal(320_000)
+    assert tails_are_normal(z)
+    assert kstest(np.clip(z, -3, 3), "norm").pvalue > 0.05
+    for limit in (3.0, 3.5, 4.0):
+        assert not tails_are_normal(np.clip(z, -limit, limit))
+    assert not tails_are_normal(1.03 * z)
+
+
 def generators(seed):
     return [torch.Generator().manual_seed(seed), np.random.default_rng(seed)]
 
@@ -92,6 +111,7 @@ def test_samples_are_independent_normal_draws_around_the_image(kind):
     for noise in (first, second):
         assert noise.dtype == np.float32
         assert kstest(noise.ravel() / 0.5, "norm").pvalue > 1e-4
+        assert tails_are_normal(noise / 0.5)
     # Under independence a correlation over m pairs is normal with standard deviation 1 / sqrt(m).
     for a, b in (
         (first, second),
@@ -182,7 +202,18 @@ def test_older_bounds_against_their_printed_formulas():
         assert li_bound(p_a, p_b, order, sigma) == pytest.approx(expected, rel=1e-11)
 
 
+def test_lecuyers_beta_is_at_most_one():
+    """Without a runner-up the bound rises with beta, so that the supremum is at beta = 1."""
+    for p_a in (0.9, 0.999, 1.0):
+        expected = 0.5 / np.sqrt(2 * np.log(1.25 * (1 + np.e) / p_a))
+        assert lecuyer_radius(p_a, 0.0, 0.5) == pytest.approx(expected, rel=1e-9)
+
+
 def test_older_bounds_say_nothing_outside_their_range():
+    # With next to no runner-up only beta <= 1 ends the range: its formula would go on.
+    assert lecuyer_bound(0.999, 1e-30, 1.0, 0.5) > 0
+    assert lecuyer_bound(0.999, 1e-30, np.nextafter(1.0, 2), 0.5) == 0
+    assert lecuyer_bound(0.999, 1e-30, 2.0, 0.5) == 0
     assert lecuyer_bound(0.8, 0.15, 1.01, 0.5) == 0
     assert lecuyer_bound(0.8, 0.15, np.log(0.8 / 0.15) / 2 + 1e-9, 0.5) == 0
     assert lecuyer_bound(0.8, 0.15, 0.0, 0.5) == 0

@@ -3,11 +3,12 @@
 import numpy as np
 import pytest
 import torch
+from audit import exact_rate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize_scalar
 from scipy.special import ndtr
-from scipy.stats import binomtest, chi2_contingency
+from scipy.stats import binomtest, chi2_contingency, norm
 
 from lib import Gaussian, ModelCounts, SimulatedCounts, certify, cohen_radius, li_radius
 from lib.theory import (
@@ -259,6 +260,29 @@ def test_certified_radius_of_a_linear_rule_converges_to_its_margin():
     assert 7 < gap[0] / gap[1] < 14
     assert 7 < gap[1] / gap[2] < 14
     assert gap[2] < 0.005
+
+
+@pytest.mark.parametrize("p", [0.5, 0.6, 0.9])
+def test_live_certificates_of_a_linear_rule_are_false_as_often_as_computed(p):
+    """8,000 live certificates of one point, whose true radius is its margin.
+
+    At alpha = 1/20 a rate above 1.2 alpha fails (400 certificates would pass up to 1.9 alpha),
+    and so does one that is not the exact rate of these draws.
+    """
+    rule, sigma, alpha, runs = linear(), 0.3, 0.05, 8000
+    centre = torch.full((1, *SHAPE), 0.5)
+    unit = (rule.weight / rule.weight.norm()).view(1, *SHAPE)
+    x = centre - unit * float(rule.margin(centre)[0] - sigma * norm.ppf(p))
+    truth = rule.margin(x)[0]
+    assert truth == pytest.approx(sigma * norm.ppf(p), abs=1e-6)
+    source = ModelCounts(rule, x.expand(runs, *SHAPE), Gaussian(sigma), seed=11, **LIVE)
+    found = certify(source, Gaussian(sigma), n0=20, n=100, alpha=alpha)
+    # Class 1 is the rule's on this side; at p = 1/2 the point lies on the boundary.
+    false = ((found.prediction == 1) & (found.radius > truth)) | (found.prediction == 0)
+    exact = exact_rate(p, alpha, n0=20, n=100)
+    assert exact <= alpha
+    assert binomtest(int(false.sum()), runs, alpha, alternative="greater").pvalue > 1e-4
+    assert binomtest(int(false.sum()), runs, exact).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("weight", [np.zeros(4), np.array([1.0, np.nan])])

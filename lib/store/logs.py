@@ -7,13 +7,14 @@ from lib.store.files import read_bytes, write_atomically
 from lib.store.journal import read_journal
 
 LOG_COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
+TRUTH = {"True": "1", "False": "0", "1.0": "1", "0.0": "0"}
 
 
 def write_log(path, table):
-    """Write the field's log: tab-separated `idx label predict radius correct time`, then `n` where the table has it, at full precision.
+    """Write a log, whole or not at all: LOG_COLUMNS, then `n` where the table has it.
 
-    table: DataFrame; radius float64, written with repr so that reading gives the same double (rounding could make a radius larger);
-    time in seconds, written h:mm:ss.ffffff; predict -1 where abstained.
+    - table: DataFrame with these columns; predict is -1 where abstained, radius float64 (written
+      in full: rounding could make it larger), time in seconds (written h:mm:ss.ffffff).
     """
     columns = [*LOG_COLUMNS, *(["n"] if "n" in table else [])]
     rows = [log_line(row) for row in table[columns].to_dict("records")]
@@ -44,52 +45,69 @@ def log_line(row):
 
 
 def read_log(path):
-    """Read a log of ours or of any published certification script: DataFrame idx, label, predict, radius, correct, time (s), [n].
+    """Read a log of ours or of any published certification script.
 
-    Raises FileNotFoundError, or ValueError naming the missing columns or the torn or malformed line.
+    Returns a DataFrame with idx, label, predict, radius, correct, time (in seconds) and, where the
+    log has it, n. Raises FileNotFoundError, or ValueError that names the missing columns, the torn
+    or malformed line, or the example whose `correct` is not what its label and class say.
     """
     data = read_bytes(path, "give the path of a tab-separated certification log")
     if data.startswith(b'{"run":'):
         return journal_table(read_journal(path)[1].values())
     text = data.decode("utf-8-sig", errors="replace")
+    names, rows = _cells(path, text)
+    table = _parsed(path, pd.DataFrame(rows, columns=names))
+    repeated = table["idx"][table["idx"].duplicated()]
+    if len(repeated):
+        raise ValueError(f"{path} holds idx {repeated.iloc[0]} twice: delete one of its lines")
+    if not (np.isfinite(table["radius"]) & (table["radius"] >= 0)).all():
+        raise ValueError(f"{path} has a radius that is negative or not finite")
+    wrong = table[(table["label"] == table["predict"]) != (table["correct"] == 1)]
+    if len(wrong):
+        row = wrong.iloc[0]
+        raise ValueError(
+            f"{path}, idx {row['idx']:.0f}: correct is {row['correct']:.0f} for label "
+            f"{row['label']:.0f} and class {row['predict']:.0f}; the line is damaged: certify again"
+        )
+    return table
+
+
+def _cells(path, text):
+    """(names of the columns, cells of each line); every line must be whole."""
     lines = text.splitlines()
     names = lines[0].split("\t") if lines else []
     missing = [name for name in LOG_COLUMNS if name not in names]
     if missing:
         raise ValueError(
-            f"{path} lacks the column(s) {', '.join(missing)}: a log begins with the line {' '.join(LOG_COLUMNS)}, tab-separated"
+            f"{path} lacks the column(s) {', '.join(missing)}: a log begins with the line "
+            f"{' '.join(LOG_COLUMNS)}, tab-separated"
         )
     rows = [line.split("\t") for line in lines[1:] if line.strip()]
     for number, row in enumerate(rows, start=2):
         if len(row) != len(names):
             raise ValueError(
-                f"{path}, line {number}: {len(row)} cells instead of {len(names)}; the line is torn: delete it, or certify again"
+                f"{path}, line {number}: {len(row)} cells instead of {len(names)}; the line is "
+                "torn: delete it, or certify again"
             )
     if "n" in names and not text.endswith("\n"):
-        # Half a number of draws looks like a whole one. Without this column a torn line lacks cells, or loses part of its time.
+        # Half a number of draws looks like a whole one. Without the column n a torn line lacks
+        # cells, or loses part of its time.
         raise ValueError(
-            f"{path}, line {len(lines)}: the last line has no line end; the line is torn: delete it, or certify again"
+            f"{path}, line {len(lines)}: the last line has no line end; the line is torn: delete "
+            "it, or certify again"
         )
-    table = pd.DataFrame(rows, columns=names)
+    return names, rows
+
+
+def _parsed(path, table):
+    """The texts of a log as numbers."""
+    kinds = {"idx": int, "label": int, "predict": int, "radius": float, "correct": int}
     try:
-        table["correct"] = table["correct"].replace(
-            {"True": "1", "False": "0", "1.0": "1", "0.0": "0"}
-        )
-        table = table.astype(
-            {"idx": int, "label": int, "predict": int, "radius": float, "correct": int}
-        )
+        table["correct"] = table["correct"].replace(TRUTH)
+        table = table.astype(kinds | ({"n": int} if "n" in table else {}))
         clock = table["time"].str.contains(":")  # h:mm:ss.ffffff, or seconds
-        table["time"] = pd.to_timedelta(
-            table["time"].where(clock, table["time"] + "s")
-        ).dt.total_seconds()
-        if "n" in table:
-            table["n"] = table["n"].astype(int)
+        time = table["time"].where(clock, table["time"] + "s")
+        table["time"] = pd.to_timedelta(time).dt.total_seconds()
     except ValueError as error:
         raise ValueError(f"{path} has a cell that is not a number: {error}") from error
-    if table["idx"].duplicated().any():
-        raise ValueError(
-            f"{path} holds idx {table['idx'][table['idx'].duplicated()].iloc[0]} twice: delete one of its lines"
-        )
-    if not (np.isfinite(table["radius"]) & (table["radius"] >= 0)).all():
-        raise ValueError(f"{path} has a radius that is negative or not finite")
     return table

@@ -36,11 +36,10 @@ def save_counts(path, counts, index, labels, **header):
     gives the same bytes. Never leaves a partial file. Raises ValueError naming the argument.
     """
     counts = check_counts(counts)
-    small = np.int32 if counts.max() < 2**31 else np.int64
     arrays = {
-        "counts": counts.astype(small),
-        "index": check_labels(index, len(counts), "index").astype(np.int32),
-        "labels": check_labels(labels, len(counts)).astype(np.int32),
+        "counts": _smallest(counts),
+        "index": _smallest(check_labels(index, len(counts), "index")),
+        "labels": _smallest(check_labels(labels, len(counts))),
         "header": np.array(
             json.dumps(header, sort_keys=True, default=lambda value: np.asarray(value).tolist())
         ),
@@ -51,6 +50,11 @@ def save_counts(path, counts, index, labels, **header):
         archive.comment = b"0" * 64
     data = buffer.getvalue()[:-64]
     write_atomically(path, data + sha256(data).encode())
+
+
+def _smallest(array):
+    """The whole numbers as int32 where that holds them, else as int64."""
+    return array.astype(np.int32 if array.max() < 2**31 else np.int64)
 
 
 def load_counts(path, **expected):
