@@ -1,6 +1,7 @@
 """Several networks as one classifier: votes, K-consensus, weights, order (Horvath et al. 2022)."""
 
 import json
+import math
 
 import numpy as np
 import torch
@@ -10,34 +11,42 @@ from torch.nn import functional
 
 from lib.checks import check_choice, check_draws, check_images, check_labels, check_seed
 
-VOTES = ("soft", "hard", "softmax", "weighted")
+
+def soft(logits, weights=None):
+    """The mean of y^l: the paper's choice (Horvath et al. 2022, equation 2)."""
+    return logits.mean(dim=0)
+
+
+def hard(logits, weights=None):
+    """The share of networks whose largest logit is the class; of equal ones the first wins."""
+    return functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float().mean(dim=0)
+
+
+def softmax(logits, weights=None):
+    """The logarithm of the mean of softmax(y^l): the softmax of these scores is that mean."""
+    return logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
+
+
+def weighted(logits, weights):
+    """The sum of w_l y^l."""
+    weights = torch.tensor(weights, dtype=torch.float32, device=logits.device)
+    return torch.tensordot(weights, logits, dims=1)
+
+
+# Votes by name, from logits y^l (float32 [k, ..., C]) and weights to scores [..., C], whose
+# largest is the class voted for (Horvath et al. 2022, section 4 and H.3.1).
+VOTES = {"soft": soft, "hard": hard, "softmax": softmax, "weighted": weighted}
 
 
 def combine(logits, vote="soft", weights=None):
-    """The scores of several networks' vote; the class voted for is their argmax.
-
-    With y^l the logits of network l, the scores are (Horvath et al. 2022, section 4, H.3.1)
-
-    - soft: the mean of y^l;
-    - hard: the share of networks whose largest logit is that class (of equal shares, the class
-      of lowest index wins);
-    - softmax: the logarithm of the mean of softmax(y^l), so that softmax of the scores is it;
-    - weighted: the sum of w_l y^l.
+    """The scores of several networks' vote (see VOTES); the class voted for is their argmax.
 
     - logits: float tensor [k, ..., C]; combined in float32, whatever their precision.
-    - weights: k numbers for "weighted", else None.
+    - vote: a name of VOTES. weights: k numbers for "weighted", else None.
 
     Returns float32 [..., C].
     """
-    logits = logits.float()
-    if vote == "soft":
-        return logits.mean(dim=0)
-    if vote == "hard":
-        return functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float().mean(dim=0)
-    if vote == "softmax":
-        return logits.log_softmax(dim=-1).logsumexp(dim=0) - float(np.log(len(logits)))
-    weights = torch.tensor(weights, dtype=torch.float32, device=logits.device)
-    return torch.tensordot(weights, logits, dims=1)
+    return VOTES[vote](logits.float(), weights)
 
 
 def combine_consensus(logits, consensus, vote="soft", weights=None):
