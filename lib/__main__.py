@@ -251,7 +251,7 @@ def certify(
     }  # fmt: skip
     engine = {
         "device": device and pick_device(device), "dtype": None if dtype == "auto" else getattr(torch, dtype), "block": block,
-        "layout": layout, "compile": "auto" if compile is None else compile, "calibrate": calibrate,
+        "layout": layout, "compile": "auto" if compile is None else compile, "tune": calibrate,
     }  # fmt: skip
     job = Job(
         network,

@@ -57,7 +57,7 @@ class Job:
     noise  : smoothing distribution. seed: of the noise. draws: the most that the sampler takes of an example.
     out    : path of the log. settings: flat dict of what else determines the result (the sampler's arguments; the network, images, noise,
              seed and draws are added to it), compared when the run is resumed, and kept in the record.
-    engine : arguments of BaseClassifier (device, dtype, block, layout, compile, calibrate), None or "auto" where it is to choose.
+    engine : arguments of BaseClassifier (device, dtype, block, layout, compile, tune), None or "auto" where it is to choose.
     """
 
     model: torch.nn.Module
