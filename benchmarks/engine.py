@@ -1,7 +1,11 @@
-"""The engine against the field's loop, each in a process of its own, taking turns in one run: draws per second and their ratios.
+"""The engine against the loop of Cohen et al.'s code: draws per second and their ratios.
 
-python -m benchmarks.engine [--seconds 4] [--rounds 5] [--job 100000] [--networks resnet20 digits ...] [--threads N] [--processes 2]
-Prints Markdown tables; benchmarks/README.md holds the last committed run. On a GPU it adds ResNet-110 and ResNet-50 at 224 x 224.
+Each contender has a process of its own, and they take turns in one run.
+
+python -m benchmarks.engine [--seconds 4] [--rounds 5] [--job 100000] [--threads N]
+    [--processes 2] [--networks resnet20 digits ...]
+Prints Markdown tables; benchmarks/README.md holds the last committed run. On a GPU it adds
+ResNet-110 and ResNet-50 at 224 x 224.
 """
 
 import argparse
@@ -30,7 +34,10 @@ RESNET20 = 81.6e6  # floating-point operations of one pass
 
 @torch.no_grad()
 def field_loop(model, image, draws, batch, sigma, classes):
-    """The certification loop of the field, from its description: repeat the image, add randn_like, eager float32, argmax, count in Python."""
+    """The certification loop of the field, from its description.
+
+    Repeat the image, add randn_like, eager float32, argmax, count in Python.
+    """
     counts = np.zeros(classes, dtype=int)
     while draws > 0:
         size = min(batch, draws)
@@ -86,7 +93,7 @@ def contender(name, kind, device):
 
 
 def worker(name, kind, threads, device):
-    """A process of `Contender`: says that it is ready, then measures once for each line of seconds that it reads."""
+    """A process of `Contender`: ready, it measures once for each line of seconds that it reads."""
     torch.set_num_threads(threads)
     run, note = contender(name, kind, device)
     print(note, flush=True)
@@ -95,7 +102,10 @@ def worker(name, kind, threads, device):
 
 
 class Contender:
-    """One contender in processes of its own, because what one does to the allocator would help or hurt the other."""
+    """One contender in processes of its own.
+
+    What one does to the allocator would help or hurt another in the same process.
+    """
 
     def __init__(self, name, kind, device, threads, processes=1):
         command = [
@@ -146,22 +156,28 @@ def compare(name, device, seconds, rounds, threads, processes=1):
             rival.measure(seconds)
     base = statistics.median(rivals[kinds[0]].rates)
     print(
-        f"\n### {name} on {device}, {processes} process{'es' if processes > 1 else ''} of {threads} thread{'s' if threads > 1 else ''}\n"
+        f"\n### {name} on {device}, {processes} process{'es' if processes > 1 else ''} of "
+        f"{threads} thread{'s' if threads > 1 else ''}\n"
     )
     print(
-        "| | | best draws/s | median draws/s | ratio of medians to the field's loop at batch 400 |\n|---|---|---:|---:|---:|"
+        "| | | best draws/s | median draws/s | ratio of medians to the field's, batch 400 |\n"
+        "|---|---|---:|---:|---:|"
     )
     for kind, rival in rivals.items():
         median = statistics.median(rival.rates)
         print(
-            f"| {kind} | {rival.note} | {max(rival.rates):,.0f} | {median:,.0f} | {median / base:.1f} |",
+            f"| {kind} | {rival.note} | {max(rival.rates):,.0f} | {median:,.0f} | "
+            f"{median / base:.1f} |",
             flush=True,
         )
         rival.close()
 
 
 def peak(device):
-    """What the hardware can do at all: matrix products of 2048 x 2048, best of twenty, and the ResNet-20 passes that would be."""
+    """What the hardware can do at all, and the ResNet-20 passes that would be.
+
+    Matrix products of 2048 x 2048, best of twenty.
+    """
     for dtype in (torch.float32, torch.bfloat16):
         a, best = torch.rand(2048, 2048, device=device).to(dtype), float("inf")
         for _ in range(20):
@@ -170,32 +186,42 @@ def peak(device):
             best = min(best, time.perf_counter() - start)
         rate = 2 * 2048**3 / best
         print(
-            f"\nMatrix products in {str(dtype)[6:]}: {rate / 1e9:,.0f} GFLOP/s, as many as {rate / RESNET20:,.0f} ResNet-20 passes a second need."
+            f"\nMatrix products in {str(dtype)[6:]}: {rate / 1e9:,.0f} GFLOP/s, as many as "
+            f"{rate / RESNET20:,.0f} ResNet-20 passes a second need."
         )
 
 
 def whole_job(name, device, draws, examples=20):
-    """Wall time of a whole job, compile included, against the field's loop extrapolated from a tenth of one example."""
+    """Wall time of a whole job, compile included, against the field's loop.
+
+    The loop's time is extrapolated from a tenth of one example.
+    """
     data = NETWORKS[name][1]
     code = {
-        "engine": f"ModelCounts(model, x, Gaussian(.25), device='{device}', progress=False).draw({draws})",
-        "field": f"field_loop(model.to('{device}'), x[0].to('{device}'), {draws // 10}, 400, .25, {INFO[data].classes})",
+        "engine": f"ModelCounts(model, x, Gaussian(.25), device='{device}', progress=False)"
+        f".draw({draws})",
+        "field": f"field_loop(model.to('{device}'), x[0].to('{device}'), {draws // 10}, 400, .25, "
+        f"{INFO[data].classes})",
     }
     seconds = {}
     for kind, line in code.items():
-        setup = "import torch, time\nfrom lib import Gaussian, ModelCounts\nfrom benchmarks.engine import field_loop, network\n"
-        setup += f"model, x = network('{name}'), torch.rand({examples}, *{INFO[data].shape})\nstart = time.perf_counter()\n"
+        setup = "import torch, time\nfrom lib import Gaussian, ModelCounts\n"
+        setup += "from benchmarks.engine import field_loop, network\n"
+        setup += f"model, x = network('{name}'), torch.rand({examples}, *{INFO[data].shape})\n"
+        setup += "start = time.perf_counter()\n"
         command = [sys.executable, "-c", f"{setup}{line}\nprint(time.perf_counter() - start)"]
         seconds[kind] = float(
             subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
         )
     ours, theirs = seconds["engine"], seconds["field"] * 10 * examples
     print(
-        f"\nWhole job on {name}, {examples} examples x {draws:,} draws: engine {ours:,.0f} s with calibration and compile,",
+        f"\nWhole job on {name}, {examples} examples x {draws:,} draws: "
+        f"engine {ours:,.0f} s with tuning and compile,",
         end=" ",
     )
     print(
-        f"field's loop {theirs:,.0f} s (extrapolated from {draws // 10:,} draws), ratio {theirs / ours:.1f}.",
+        f"field's loop {theirs:,.0f} s (extrapolated from {draws // 10:,} draws), "
+        f"ratio {theirs / ours:.1f}.",
         flush=True,
     )
 
@@ -210,7 +236,8 @@ def machine():
     names = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     print(
-        f"{platform.machine()}, {torch.get_num_threads()} threads, CPU flags: {' '.join(names) or 'none of note'}{gpu}; ",
+        f"{platform.machine()}, {torch.get_num_threads()} threads, "
+        f"CPU flags: {' '.join(names) or 'none of note'}{gpu}; ",
         end="",
     )
     print(f"Python {platform.python_version()}, torch {torch.__version__}.")

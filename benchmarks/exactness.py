@@ -1,6 +1,9 @@
-"""What an example's votes depend on, and what they do not: differing votes between runs that should agree, and between block sizes and precisions.
+"""What an example's votes depend on, and what they do not.
 
-python -m benchmarks.exactness [--model digits-cnn-sigma0.50 | FILE] [--data-path FILE] [--sigma 0.5] [--examples 20] [--draws 20000] [--compiled]
+Counts the votes that differ between runs that should agree, and between block sizes and precisions.
+
+python -m benchmarks.exactness [--model digits-cnn-sigma0.50 | FILE] [--data-path FILE]
+    [--sigma 0.5] [--examples 20] [--draws 20000] [--compiled]
 Prints Markdown tables. --model resnet20 trains a ResNet-20 on the digits first (a minute).
 """
 
@@ -73,7 +76,10 @@ class Bench:
         return ModelCounts(base, self.x[index], self.noise, index=index, progress=False).draw(n)
 
     def invariance(self, dtype):
-        """Votes that differ from those of the first examples in their order, under each change that should change none."""
+        """Votes that differ from a reference under each change that should change none.
+
+        The reference: the first examples in their order.
+        """
         base, n, count = self.base(dtype, 256), self.options.draws, self.options.examples
         index = np.arange(count)
         reference = self.votes(base, index, n)
@@ -132,7 +138,11 @@ class Bench:
         return load_counts(f"{out}.npz").counts
 
     def precisions(self, examples=100, draws=10_000):
-        """bfloat16 against float32 on the same noise: (largest difference of a class's share in standard errors, differing votes, ACR of each)."""
+        """bfloat16 against float32 on the same noise.
+
+        Returns (largest difference of a class's share in standard errors, differing votes, votes,
+        average certified radius of each).
+        """
         index = np.linspace(0, len(self.x) - 1, examples).astype(int)
         votes = {
             dtype: self.votes(self.base(dtype, 256), index, draws)
@@ -169,13 +179,17 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, folder)
         total = options.examples * options.draws
-        ran = f"{options.model}, {'compiled' if options.compiled else 'eager'}, torch {torch.__version__}, {torch.get_num_threads()} threads"
+        compiled = "compiled" if options.compiled else "eager"
+        ran = f"{options.model}, {compiled}, torch {torch.__version__}, "
+        ran += f"{torch.get_num_threads()} threads"
         print(
-            f"{ran}: differing votes of {total:,} ({options.examples} examples x {options.draws:,} draws, block 256)\n"
+            f"{ran}: differing votes of {total:,} ({options.examples} examples x "
+            f"{options.draws:,} draws, block 256)\n"
         )
         found = {dtype: bench.invariance(dtype) for dtype in (torch.float32, torch.bfloat16)}
         print(
-            "| against the same examples in order, one process | float32 | bfloat16 |\n| --- | ---: | ---: |"
+            "| against the same examples in order, one process | float32 | bfloat16 |\n"
+            "| --- | ---: | ---: |"
         )
         for name in found[torch.float32]:
             print(f"| {name} | {found[torch.float32][name]} | {found[torch.bfloat16][name]} |")
@@ -192,8 +206,10 @@ def main():
         print(f"| block 64 instead of 256 | {blocks[0]} | {blocks[1]} |")
         errors, moved, draws, radius = bench.precisions()
         print(
-            f"\nbfloat16 against float32 on 100 examples x 10,000 draws, same noise: largest difference of a class's share {errors:.2f} Monte Carlo "
-            f"standard errors; {moved:,} of {draws:,} votes differ; ACR {radius[0]:.4f} (float32), {radius[1]:.4f} (bfloat16)"
+            f"\nbfloat16 against float32 on 100 examples x 10,000 draws, same noise: largest "
+            f"difference of a class's share {errors:.2f} Monte Carlo "
+            f"standard errors; {moved:,} of {draws:,} votes differ; ACR {radius[0]:.4f} (float32), "
+            f"{radius[1]:.4f} (bfloat16)"
         )
 
 

@@ -1,7 +1,8 @@
-"""Peak memory of counting: many examples with few draws against few examples with many. Prints a Markdown table.
+"""Peak memory of counting: many examples with few draws, few with many. Prints a Markdown table.
 
 python -m benchmarks.memory
-Each row is a process of its own, one row beside the model and nothing else; "beyond" is its peak less the peak of the first row.
+Each row is a process of its own that holds the model and nothing else; "beyond" is its peak less
+that of the first row.
 """
 
 import resource
@@ -28,7 +29,8 @@ def main():
     if len(sys.argv) > 1:
         return worker(*map(int, sys.argv[1:]))
     print(
-        "| examples | draws of each | peak (MB) | beyond the first row (MB) |\n|---:|---:|---:|---:|"
+        "| examples | draws of each | peak (MB) | beyond the first row (MB) |\n"
+        "|---:|---:|---:|---:|"
     )
     first = None
     for examples, draws in ROWS:

@@ -102,7 +102,7 @@ class Engine:
             "block": self.block,
             "layout": self.layout,
             "compile": "auto" if self.compile is None else self.compile,
-            "calibrate": self.tune,
+            "tune": self.tune,
         }
 
 

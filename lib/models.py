@@ -7,6 +7,7 @@ from torch import nn
 
 from lib.checks import check_choice
 from lib.data import INFO
+from lib.ensemble import Ensemble
 from lib.store.checkpoints import read_checkpoint, state_hash, write_checkpoint
 
 log = logging.getLogger(__name__)
@@ -152,19 +153,48 @@ def save_checkpoint(path, model, header, half=True):
     - header: dict with "architecture" and "data" (see `build`) and provenance (loss, sigma, ...).
     - half: round the weights to half precision (they are read back as float32).
 
+    An Ensemble is one file with its members inside; its header is `ensemble_header`'s.
+
     Raises ValueError where the file could not be read back: a model of other weights than the
     header says, or weights beyond half precision.
     """
     with torch.device("meta"):
-        _check_fit(build(header["architecture"], header["data"]), model.state_dict(), "model")
+        _check_fit(_build_from(header), model.state_dict(), "model")
     write_checkpoint(path, model.state_dict(), header, half)
+
+
+def ensemble_header(ensemble, headers):
+    """The header of an Ensemble's checkpoint, from its members' headers (see save_checkpoint).
+
+    Raises ValueError naming headers: one for each member, all of the same data set.
+    """
+    data = {header["data"] for header in headers}
+    if len(headers) != len(ensemble.members) or len(data) != 1:
+        raise ValueError(
+            f"headers must be {len(ensemble.members)}, one for each member, all of one data set; "
+            f"got {len(headers)} of {', '.join(sorted(data)) or 'none'}"
+        )
+    return {
+        "architecture": "ensemble",
+        "data": data.pop(),
+        "members": list(headers),
+        **ensemble.describe(),
+    }
+
+
+def _build_from(header):
+    """The network of a checkpoint of ours, with fresh weights."""
+    if header["architecture"] != "ensemble":
+        return build(header["architecture"], header["data"])
+    members = [_build_from(member) for member in header["members"]]
+    return Ensemble(members, header["vote"], header["weights"], header["consensus"])
 
 
 def load_checkpoint(path, architecture=None, data=None):
     """Read a model from a file: (module in float32 and eval mode, header dict).
 
     The module maps images in [0, 1] to logits. The file is one of
-    - ours (save_checkpoint), which says all about itself;
+    - ours (save_checkpoint), which says all about itself, an Ensemble's members included;
     - a dict with `arch` and `state_dict` (Cohen et al. 2019 and the repositories that follow it).
       The first layer normalises by the file's `means` and `sds`, or by the data set's constants;
     - a dict with `net` (Zhai et al. 2020), which takes images in [0, 1] as they are;
@@ -189,7 +219,7 @@ def load_checkpoint(path, architecture=None, data=None):
                 f"{name} must be {file.header[name]!r}, as {path} says, or be left out; "
                 f"got {given!r}"
             )
-    model = build(file.header["architecture"], file.header["data"])
+    model = _build_from(file.header)
     _fill(model, file.state, path)
     return model.eval(), {"format": "ours"} | file.header
 

@@ -1,5 +1,6 @@
-"""Live votes against networks whose class probabilities are known in closed form, and the noise's independence of everything but its seed."""
+"""Live votes against known class probabilities; noise that depends on its seed alone."""
 
+import copy
 import os
 import time
 
@@ -21,9 +22,12 @@ PLAIN = {"dtype": torch.float32, "block": 64, "layout": "contiguous", "compile":
 
 
 class Steps(nn.Module):
-    """Classes by thresholds on s = w'x: class j between the j-th and the next. As logits: the upper envelope of lines of rising slope.
+    """Class j lies between the j-th and the next threshold on s = w'x.
 
-    Under N(x, sigma^2 I) s is normal with mean w'x and deviation sigma ||w||, so the class probabilities are differences of Phi.
+    The logits are lines of rising slope in s, whose upper envelope changes at the thresholds.
+
+    Under N(x, sigma^2 I) s is normal with mean w'x and deviation sigma ||w||, so the class
+    probabilities are differences of Phi.
     """
 
     def __init__(self, weight, thresholds):
@@ -74,7 +78,7 @@ def steps():
 
 
 def noise_of(source, n):
-    """The noise behind n draws of each example (of equal images), float64 [rows, pixels], in the order of the stream."""
+    """The noise behind n draws of each of equal images, float64 [rows, pixels], in stream order."""
     spy = source.base._voter.model
     spy.seen.clear()
     total = int(np.broadcast_to(n, len(source)).sum())
@@ -91,11 +95,11 @@ def spied(size=1, block=64, sigma=0.5, **settings):
     )
 
 
-# ------------------------------------------------------------------ the right counts
-
-
 def test_votes_follow_the_closed_form():
-    """Four classes, 20,000 draws of each of 12 images: each image's counts fit its probabilities (chi-square), and so do all together."""
+    """Each image's counts fit its four probabilities (chi-square), and so do all together.
+
+    12 images, 20,000 draws of each.
+    """
     model, x = steps(), images(12)
     counts = ModelCounts(model, x, Gaussian(0.3), seed=5, **PLAIN | {"block": 512}).draw(20_000)
     assert counts.dtype == np.int64
@@ -115,6 +119,12 @@ def test_one_sigma_per_example():
         assert chisquare(c, c.sum() * p).pvalue > 1e-4
 
 
+@pytest.mark.parametrize(("size", "sigmas"), [(1, 3), (1, 2), (3, 1), (2, 3)])
+def test_as_many_sigmas_as_examples(size, sigmas):
+    with pytest.raises(ValueError, match=f"sigma must be one value, or {size}, .*got {sigmas}"):
+        ModelCounts(steps(), images(size), Gaussian(np.full(sigmas, 0.5)), **PLAIN)
+
+
 def test_the_sigma_of_an_example_is_found_by_its_place_not_by_its_index():
     model, x, sigma, index = steps(), images(3), np.array([0.2, 0.4, 1.5]), [2, 0, 1]
     together = ModelCounts(model, x, Gaussian(sigma), index=index, **PLAIN).draw(300)
@@ -126,7 +136,10 @@ def test_the_sigma_of_an_example_is_found_by_its_place_not_by_its_index():
 
 
 def test_certificates_of_a_linear_network_respect_the_true_margin():
-    """The true radius is the distance to the boundary, |w'x + b| / ||w||; 400 certificates at alpha = 1/20 exceed it no more often."""
+    """400 certificates at alpha = 1/20 exceed the true radius no more often than that.
+
+    The true radius is the distance to the boundary, |w'x + b| / ||w||.
+    """
     weight = np.random.default_rng(0).normal(size=16)
     model, x = Steps(weight, [weight.sum() / 2]), images(400, seed=3)
     distance = np.abs(x.double().flatten(1).numpy() @ weight - weight.sum() / 2) / np.linalg.norm(
@@ -149,7 +162,7 @@ def test_certificates_of_a_linear_network_respect_the_true_margin():
 
 
 def test_bfloat16_is_the_network_that_runs():
-    """Votes in bfloat16 come from bfloat16 weights and images; they are counted with the same noise."""
+    """bfloat16 votes come from bfloat16 weights and images, and are counted on the same noise."""
     spy = Spy()
     ModelCounts(
         spy, torch.full((1, *SHAPE), 0.5), Gaussian(0.5), **PLAIN | {"dtype": torch.bfloat16}
@@ -163,11 +176,43 @@ def test_bfloat16_is_the_network_that_runs():
     )
 
 
-# ------------------------------------------------------------------ the noise
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_settings_name_the_precision_of_weights_and_images(dtype):
+    class Precise(Steps):
+        def forward(self, x):
+            seen.append((x.dtype, self.weight.dtype, self.intercepts.dtype))
+            return super().forward(x)
+
+    seen = []
+    source = ModelCounts(
+        Precise(np.ones(16), [8.0]), images(1), Gaussian(0.5), **PLAIN | {"dtype": dtype}
+    )
+    source.draw(10)
+    assert set(seen[-1]) == {dtype}
+    assert source.base.settings["dtype"] == str(dtype).removeprefix("torch.")
+
+
+def test_float32_weights_keep_all_their_bits():
+    """A network that votes by the last bits of a weight: lost ones make it another network."""
+
+    class Fine(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor(1 + 2.0**-22))
+
+        def forward(self, x):
+            first = 0 * x.flatten(1)[:, 0]
+            return torch.stack([first + (self.weight - 1) * 2**22, first + 0.5], dim=1)
+
+    counts = ModelCounts(Fine(), images(1), Gaussian(0.5), **PLAIN).draw(64)
+    np.testing.assert_array_equal(counts, [[64, 0]])
 
 
 def test_noise_moments_and_law():
-    """Over 3 examples and 7,000 draws: normal (Kolmogorov-Smirnov), mean 0, variance sigma^2, pixel by pixel uncorrelated."""
+    """Normal (Kolmogorov-Smirnov), mean 0, variance sigma^2, pixel by pixel uncorrelated.
+
+    Over 3 examples and 7,000 draws.
+    """
     noise = noise_of(spied(size=3, block=100), 7000) / 0.5
     assert noise.shape == (21_000, 16)
     assert kstest(noise.ravel(), "norm").pvalue > 1e-4
@@ -177,8 +222,29 @@ def test_noise_moments_and_law():
     assert np.abs(correlation).max() < 4.5 / np.sqrt(len(noise))
 
 
+@pytest.mark.parametrize("generator", [np.random.default_rng, torch.Generator().manual_seed])
+@pytest.mark.parametrize("parts", [1, 4])
+def test_noise_has_the_tails_of_the_normal(generator, parts):
+    """A clamp at 3 sigma moves the distribution by .0013, which Kolmogorov-Smirnov cannot see.
+
+    The generators of the CPU and, run on the CPU, of a GPU.
+    """
+    streams = [copy.deepcopy(generator(seed)) for seed in range(parts)]
+    x = torch.full((4000, *SHAPE), 0.25)
+    noisy = Gaussian(0.5).sample(x, streams[0] if parts == 1 else streams)
+    noise = ((noisy - x) / 0.5).double().abs().flatten().numpy()
+    for level in (1, 2, 3, 3.5, 4):
+        law = 2 * norm.sf(level)
+        assert binomtest(int((noise > level).sum()), noise.size, law).pvalue > 1e-4
+    assert binom.cdf(0, noise.size, 2 * norm.sf(4)) < 0.03  # so that the last level can fail, too
+    assert len(np.unique(noise)) > 0.9 * noise.size
+
+
 def test_noise_is_independent_across_draws_blocks_chunks_examples_seeds_and_calls():
-    """No two rows are equal, and whole streams are uncorrelated: neighbours, block by block, chunk by chunk, and one source against others."""
+    """No two rows are equal, and whole streams are uncorrelated.
+
+    Neighbours, block by block, chunk by chunk, and one source against others.
+    """
     source = spied(size=2, block=64)
     stream = noise_of(source, 40 * CHUNK)
     first, second = stream[: 40 * CHUNK], stream[40 * CHUNK :]
@@ -198,7 +264,10 @@ def test_noise_is_independent_across_draws_blocks_chunks_examples_seeds_and_call
 
 
 def test_noise_of_a_draw_hangs_on_seed_index_and_number_alone():
-    """Draw j of an example is the same noise whatever was asked before, in whatever pieces, beside whatever others, in whatever blocks."""
+    """Draw j of an example is the same noise whatever else was asked before or beside it.
+
+    It does not depend on the pieces, nor on the blocks.
+    """
     whole = noise_of(spied(index=[3], seed=9), 350)
     pieces = spied(size=3, block=7, index=[8, 3, 0], seed=9)
     parts = [
@@ -209,7 +278,7 @@ def test_noise_of_a_draw_hangs_on_seed_index_and_number_alone():
 
 
 def test_streams_of_a_gpu_are_seeded_apart(monkeypatch):
-    """Without a GPU at hand: what torch's generator is given for each (seed, index, chunk) uses its 63 bits, and no two are equal."""
+    """Without a GPU at hand: the seeds given to torch's generator use 63 bits; no two are equal."""
 
     class Generator:
         def __init__(self, device):
@@ -231,9 +300,6 @@ def test_streams_of_a_gpu_are_seeded_apart(monkeypatch):
     assert max(seeds) > 1 << 60
 
 
-# ------------------------------------------------------------------ the same counts however they are asked for
-
-
 @pytest.mark.parametrize("block", [1, 37, 64, 1000])
 def test_counts_are_the_same_for_any_block_order_and_company(block):
     """On the line network in float32, whose logits are far from ties next to rounding."""
@@ -250,8 +316,11 @@ def test_counts_are_the_same_for_any_block_order_and_company(block):
     assert (ModelCounts(model, x, Gaussian(0.3), seed=3, **PLAIN).draw(230) != expected).any()
 
 
-def test_layout_and_calibration_do_not_change_what_is_counted(tmp_path, monkeypatch):
-    """A calibrated engine says what it chose, keeps what was fixed, remembers it on disk, and counts the same votes."""
+def test_layout_and_tuning_do_not_change_what_is_counted(tmp_path, monkeypatch):
+    """The engine says what it chose, keeps what was fixed, and remembers it on disk.
+
+    The votes stay the same.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(16, 3))
     torch.manual_seed(0)
@@ -273,7 +342,10 @@ def test_layout_and_calibration_do_not_change_what_is_counted(tmp_path, monkeypa
 
 
 def test_a_compiled_engine_counts_the_same_votes():
-    """Frozen and compiled: draws still differ from each other (counts are binomial, not all or nothing), and equal the eager ones."""
+    """Frozen and compiled, draws equal the eager ones and still differ from each other.
+
+    The counts are binomial, not all or nothing.
+    """
     model, x = steps(), images(3)
     eager = ModelCounts(model, x, Gaussian(0.3), **PLAIN)
     compiled = ModelCounts(model, x, Gaussian(0.3), **PLAIN | {"compile": True})
@@ -284,7 +356,7 @@ def test_a_compiled_engine_counts_the_same_votes():
 
 
 def test_the_default_precision_follows_size_and_hardware(monkeypatch):
-    """Part of what is certified: bfloat16 for 100,000 parameters and more, where the hardware has it."""
+    """It is certified: bfloat16 from 100,000 parameters on, where the hardware has it."""
     for has in (True, False):
         monkeypatch.setattr(engine, "has_bfloat16", lambda device, has=has: has)
         for outputs, dtype in (
@@ -299,7 +371,7 @@ def test_the_default_precision_follows_size_and_hardware(monkeypatch):
 
 @pytest.mark.parametrize(("faster", "compiled"), [(True, True), (False, False)])
 def test_long_jobs_are_compiled_where_that_is_faster(monkeypatch, faster, compiled):
-    """By "auto": not for few draws, not where compiling takes longer than it saves, and never kept where it is slower."""
+    """By "auto": not for few draws, nor where compiling costs more than it saves or is slower."""
     base = BaseClassifier(steps(), SHAPE, **PLAIN | {"compile": "auto"})
     eager, times = base._voter, iter([1.0, 1.0, 0.5 if faster else 2.0])
 
@@ -315,9 +387,34 @@ def test_long_jobs_are_compiled_where_that_is_faster(monkeypatch, faster, compil
     assert (base.compiled, base._voter is not eager) == (compiled, compiled)
 
 
-def test_without_calibration_the_settings_are_fixed():
+def test_all_draws_of_a_job_come_from_one_network(monkeypatch):
+    """ "auto" decides at a job's first draw: a later one, or another job, changes nothing in it."""
+
+    class Other(nn.Module):
+        def forward(self, x):
+            return torch.full((len(x),), 3)
+
+    base = BaseClassifier(steps(), SHAPE, **PLAIN | {"compile": "auto"})
+
+    def compile():
+        base._voter, base.compiled = Other(), True
+
+    monkeypatch.setattr(base, "compile", compile)
+    monkeypatch.setattr(base, "_seconds", lambda: 0.0 if base.compiled else 1e3)
+    eager = ModelCounts(steps(), images(2), Gaussian(0.3), **PLAIN)
+    source = ModelCounts(base, images(2), Gaussian(0.3))
+    np.testing.assert_array_equal(source.draw(1), eager.draw(1))
+    np.testing.assert_array_equal(source.draw(2000), eager.draw(2000))
+    assert not base.compiled
+    planned = ModelCounts(base, images(2), Gaussian(0.3), planned=2000)
+    np.testing.assert_array_equal(planned.draw(1), [[0, 0, 0, 1]] * 2)
+    assert base.compiled
+    np.testing.assert_array_equal(source.draw(100), eager.draw(100))
+
+
+def test_without_tuning_the_settings_are_fixed():
     settings = BaseClassifier(
-        steps(), SHAPE, device="cpu", dtype=torch.float32, compile=False, calibrate=False
+        steps(), SHAPE, device="cpu", dtype=torch.float32, compile=False, tune=False
     ).settings
     assert (settings["block"], settings["layout"]) == (128, "channels_last")
 
@@ -369,11 +466,11 @@ def test_counts_are_the_same_on_any_number_of_cores(threads, dtype):
 
 
 def test_a_network_that_fails_ends_the_draw(threads):
-    """The error of one worker is the caller's, and the others stop instead of going on for hours."""
+    """The error of one worker is the caller's, and the others stop at once."""
 
     class Fails(Spy):
         def forward(self, x):
-            if len(self.seen) >= 8:
+            if len(self.seen) >= 12:
                 raise RuntimeError("out of memory")
             return super().forward(x)
 
@@ -381,12 +478,15 @@ def test_a_network_that_fails_ends_the_draw(threads):
     model = Fails()
     with pytest.raises(RuntimeError, match="out of memory"):
         ModelCounts(model, images(1), Gaussian(0.5), **PLAIN).draw(10_000_000)
-    assert 8 <= len(model.seen) <= 9
+    assert 12 <= len(model.seen) <= 13
     assert torch.get_num_threads() == 2
 
 
 def test_what_a_forward_pass_stores_on_its_modules_is_its_own(threads):
-    """Features kept on self between two layers, as many networks do: passes side by side must not read each other's."""
+    """Many networks keep features on self between two layers.
+
+    Passes side by side must not read each other's.
+    """
 
     class Keeps(nn.Module):
         def __init__(self):
@@ -408,10 +508,10 @@ def test_what_a_forward_pass_stores_on_its_modules_is_its_own(threads):
 
 def test_the_copies_of_the_workers_share_their_weights():
     base = BaseClassifier(small_resnet(), SHAPE, **PLAIN)
-    first, second = base.voters(2)
+    first, second = base.voters(2, compiled=False)
     assert first is not second
     assert [p.data_ptr() for p in first.parameters()] == [p.data_ptr() for p in second.parameters()]
-    assert base.voters(2)[1] is second
+    assert base.voters(2, compiled=False)[1] is second
 
 
 def test_batch_norms_are_folded_where_that_changes_nothing():
@@ -424,7 +524,10 @@ def test_batch_norms_are_folded_where_that_changes_nothing():
 
 
 def test_networks_that_cannot_be_folded_stay_as_they_are():
-    """Control flow on data cannot be traced; one convolution before two batch norms, or noise inside, must not be folded."""
+    """Control flow on data cannot be traced.
+
+    One convolution before two batch norms, or noise inside, must not be folded.
+    """
 
     class Branches(BatchNormed):
         def forward(self, x):
@@ -442,7 +545,11 @@ def test_networks_that_cannot_be_folded_stay_as_they_are():
         def forward(self, x):
             return super().forward(x + torch.rand(1, 1, 4, 4))
 
-    for kind in (Branches, Shares, Repeats, Throws):
+    class Slightly(BatchNormed):
+        def forward(self, x):
+            return self.head((self.a(self.first(x)) + 0.02 * self.first(torch.relu(-x))).flatten(1))
+
+    for kind in (Branches, Shares, Repeats, Throws, Slightly):
         model = kind().eval()
         for layer in (model.a, model.b):
             nn.init.uniform_(layer.running_mean, -0.5, 0.5)
@@ -452,11 +559,12 @@ def test_networks_that_cannot_be_folded_stay_as_they_are():
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 130])
 def test_padding_is_never_counted(n):
-    """Counts sum to what was asked, though every forward pass is a full block and the padded rows vote too."""
+    """Counts sum to what was asked, though each pass is a full block whose padding votes too."""
     source = spied(size=2, block=64)
+    before = len(source.base._voter.model.seen)  # passes of the check of the network
     counts = source.draw([n, 2])
     np.testing.assert_array_equal(counts.sum(axis=1), [n, 2])
-    seen = source.base._voter.model.seen[3:]  # The first are the probe's.
+    seen = source.base._voter.model.seen[before:]
     assert [len(b) for b in seen] == [64] * -(-(n + 2) // 64)
 
 
@@ -469,7 +577,7 @@ def test_asking_nothing_runs_nothing():
 
 
 def test_votes_of_many_examples_are_binomial_together():
-    """One image 1,500 times under different indices: the spread of the counts over examples is the binomial one (independent noise)."""
+    """Counts of one image under 1,500 indices spread as the binomial: the noise is independent."""
     model = steps()
     x = images(1).expand(1500, *SHAPE).contiguous()
     counts = ModelCounts(model, x, Gaussian(0.3), **PLAIN | {"block": 512}).draw(40)[:, 1]
@@ -480,11 +588,8 @@ def test_votes_of_many_examples_are_binomial_together():
     assert chisquare(seen, 1500 * law).pvalue > 1e-4
 
 
-# ------------------------------------------------------------------ the network given
-
-
 def test_the_model_is_copied_and_put_in_eval_mode():
-    """Dropout and batch statistics must not act while voting, and the caller's network stays as it was."""
+    """Dropout and batch statistics do not act while voting; the given network stays as it was."""
     model = nn.Sequential(nn.Flatten(), nn.Dropout(0.9), nn.Linear(16, 3)).train()
     before = {k: v.clone() for k, v in model.state_dict().items()}
     source = ModelCounts(model, images(2), Gaussian(0.001), **PLAIN)
@@ -511,7 +616,7 @@ class OnItsOwn(nn.Module):
 
 
 class Attends(nn.Module):
-    """Tokens are the rows of an image; with batch_first=False torch takes the images of the batch for them."""
+    """Tokens are the rows of an image; with batch_first=False torch takes images for them."""
 
     def __init__(self, batch_first):
         super().__init__()
@@ -528,8 +633,23 @@ class AlwaysTraining(BatchNormed):
         return super().train(True)
 
 
+def deciding(mix):
+    """Classes 0 and 1 by the first pixel and `mix` of it over the batch; class 2 far below."""
+
+    class Deciding(nn.Module):
+        def forward(self, x):
+            own = x.flatten(1)[:, 0] - 0.5
+            gap = mix(own)
+            return torch.stack([gap, -gap, 0 * gap - 100], dim=1)
+
+    return Deciding()
+
+
 def hooked():
-    """A network that reads its features from a hook, which writes them into the original wherever its copies run."""
+    """A network that reads its features from a hook.
+
+    The hook writes them into the original, wherever its copies run.
+    """
     model, found = OnItsOwn(lambda z: found["features"]), {}
     model.head.register_forward_hook(
         lambda module, inputs, output: found.setdefault("features", output)
@@ -548,6 +668,10 @@ def hooked():
             "each image by itself",
         ),
         (Attends(batch_first=False), "each image by itself"),
+        (deciding(lambda own: own.mean().expand(len(own))), "each image by itself"),
+        (deciding(lambda own: own + 0.02 * own.mean()), "each image by itself"),
+        (deciding(lambda own: own + (own.max() > 0.6)), "each image by itself"),
+        (deciding(lambda own: own + 0.05 * own.roll(1)), "each image by itself"),
         (OnItsOwn(lambda z: z.mean(dim=0, keepdim=True)), r"a row an image.*got shape \[1, 3\]"),
         (OnItsOwn(lambda z: (z, z)), "a tensor of logits .*; got tuple: wrap it"),
         (OnItsOwn(lambda z: {"logits": z}), "; got dict: wrap it"),
@@ -573,6 +697,7 @@ def test_batch_norm_that_stays_in_training_mode_is_refused():
         small_resnet(),
         OnItsOwn(lambda z: 0 * z),
         OnItsOwn(lambda z: z * 1e-6 + 5),
+        OnItsOwn(lambda z: z - torch.tensor([0, 0, torch.inf])),
     ],
 )
 def test_networks_that_take_each_image_by_itself_are_not(model):
@@ -615,7 +740,7 @@ def test_a_network_that_knows_no_bfloat16_runs_in_float32_unless_bfloat16_is_ask
 
 
 def test_a_single_non_finite_logit_is_found():
-    """One row in 3,000 whose logit overflows is refused, and named; nothing is counted as class 0."""
+    """One row in 3,000 whose logit overflows is refused and named, not counted as class 0."""
 
     class Rare(nn.Module):
         def forward(self, x):
@@ -632,7 +757,7 @@ def test_a_single_non_finite_logit_is_found():
 
 
 def test_images_outside_the_range_on_request():
-    """A perturbed image may leave [0, 1]: with bounded=False its votes follow the closed form as well."""
+    """A perturbed image may leave [0, 1]: with bounded=False its votes follow the closed form."""
     model, x = steps(), images(2) + 1.5
     counts = ModelCounts(model, x, Gaussian(1.0), bounded=False, **PLAIN).draw(5000)
     for c, p in zip(counts, model.probabilities(x, 1.0), strict=True):

@@ -16,20 +16,23 @@ from lib.engine.admission import (
 )
 from lib.engine.folding import folded
 from lib.engine.hardware import cores, has_bfloat16, has_compiler, keep_freed_memory, pick_device
-from lib.engine.tuning import calibrated
+from lib.engine.tuning import tuned
 
 COMPILE_PAYS = 30.0  # seconds of eager forward passes from which a compile (5 - 30 s) pays
 log = logging.getLogger(__name__)
 
 
 def default_dtype(model, device):
-    """bfloat16 where the hardware has it and the network is large enough (100,000 parameters) to gain from it; else float32."""
+    """bfloat16 where the hardware has it and the network is large enough to gain; else float32.
+
+    Large enough means 100,000 parameters.
+    """
     large = sum(p.numel() for p in model.parameters()) >= 100_000
     return torch.bfloat16 if large and has_bfloat16(device) else torch.float32
 
 
 class _Voter(nn.Module):
-    """Logits to votes: the class of each row, or `classes` (one past the last) where a logit is not finite."""
+    """Logits to votes: each row's class, or `classes` (one past the last) if one is not finite."""
 
     def __init__(self, model, classes):
         super().__init__()
@@ -40,25 +43,56 @@ class _Voter(nn.Module):
         return torch.where(logits.isfinite().all(dim=1), logits.argmax(dim=1), self.classes)
 
 
+class _Scorer(nn.Module):
+    """The logits themselves in float32, for readouts of several networks."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return logits_of(self.model, x).float()
+
+
+class _Ballot:
+    """The votes of each block by one network."""
+
+    def __init__(self, base, voter):
+        self.base, self.voter = base, voter
+
+    def __call__(self, block, place):
+        return [(place, self.base.forward(block, self.voter)[None])]
+
+    def rest(self):
+        return []
+
+
 class BaseClassifier:
-    """A network made ready to vote: copied, in eval mode, at one precision, one memory layout and one block shape.
+    """A network made ready to vote: copied, in eval mode, with one precision, layout and block.
 
-    The base classifier f that is smoothed and certified IS this network as it runs: batch norms folded into the weights where they can be, bfloat16
-    rounding included; dtype=torch.float32 keeps single precision. On a CPU each forward pass runs on one core, and as many of them side by side as
-    torch has threads: faster than one pass on all cores, and a vote does not depend on how many there are. Share one BaseClassifier among
-    all ModelCounts of a model, so that it is compiled once.
+    The base classifier f that is smoothed and certified IS this network as it runs: batch norms
+    folded into the weights where they can be, bfloat16 rounding included. On a CPU each forward
+    pass runs on one core, and as many run side by side as torch has threads: this is faster than
+    one pass on all cores, and a vote does not depend on their number. Share one BaseClassifier
+    among all ModelCounts of a model, so that it is compiled once.
 
-    model  : nn.Module, logits [B, C] from float images [B, *shape] in [0, 1], normalisation inside; each image by itself. Not changed.
-             (All its floating-point numbers are cast to dtype. A random forward is admitted, with a warning: its average is certified.)
-    shape  : (channels, height, width) of an image.
-    device : default CUDA where there is one, else CPU.
-    dtype  : torch.float32 or torch.bfloat16; default by rule (`default_dtype`, and where the network runs in it), never by timing: it is
-             part of what is certified.
-    block, layout : images a forward pass, always full; "channels_last" or "contiguous". What is None is found by a short calibration,
-             cached in the user's cache folder; calibrate=False takes channels_last and 128 (CPU) or 4,096 (GPU) instead.
-    compile: True, False, or "auto": eager until a draw is asked that is worth the compile, and where that is no faster.
-    `settings` says what was chosen. Votes of different settings may differ at rounding ties: fix them to compare counts bit by bit.
-    Raises ValueError naming the argument.
+    - model: nn.Module, logits [B, C] from float images [B, *shape] in [0, 1], normalisation
+      inside, each image by itself. It is copied; all its floating-point numbers are cast to dtype.
+      A random forward is admitted with a warning: its average is certified.
+    - shape: (channels, height, width) of an image.
+    - device: default CUDA where there is one, else the CPU.
+    - dtype: torch.float32 or torch.bfloat16. The default follows a rule (`default_dtype`, and
+      float32 if the network does not run in bfloat16), never a timing: it is part of what is
+      certified.
+    - block: images per forward pass; every pass is full.
+    - layout: "channels_last" or "contiguous".
+    - compile: True, False, or "auto": compiled if a job is long enough to repay it, and only if
+      that makes this network faster. Decided once per job, at its first draw.
+    - tune: whether block and layout, where they are None, are chosen by a short measurement, which
+      is cached in the user's cache folder. False takes channels_last and 128 (CPU) or 4,096 (GPU).
+
+    `settings` says what was chosen. Votes of different settings may differ at rounding ties: fix
+    the settings to compare counts bit by bit. Raises ValueError naming the argument.
     """
 
     def __init__(
@@ -70,11 +104,12 @@ class BaseClassifier:
         block=None,
         layout=None,
         compile="auto",
-        calibrate=True,
+        tune=True,
     ):
         if not isinstance(model, nn.Module):
             raise ValueError(
-                f"model must be a torch.nn.Module that maps images to logits; got {type(model).__name__}"
+                "model must be a torch.nn.Module that maps images to logits; "
+                f"got {type(model).__name__}"
             )
         check_choice((True, False, "auto"), compile=compile)
         check_choice((None, torch.float32, torch.bfloat16), dtype=dtype)
@@ -86,46 +121,56 @@ class BaseClassifier:
         model = copy.deepcopy(model).eval().float()
         self.dtype = dtype or default_dtype(model, self.device)
         self.classes = count_classes(model.to(self.device), self.shape, self.device)
-        short = folded(
-            model.cpu(), self.shape
-        )  # on the CPU, so that the same network is folded everywhere
+        # On the CPU, so that the same network is folded everywhere.
+        short = folded(model.cpu(), self.shape)
         self.folded, model = short is not model, short.to(self.device)
-        if self.dtype == torch.bfloat16 and (
-            why := runs_in_bfloat16(model, self.shape, self.device)
-        ):
-            if dtype:
-                raise ValueError(
-                    f"dtype: model does not run in bfloat16 ({why}): make constants of its forward buffers, or pass dtype=torch.float32"
-                )
-            log.warning("model does not run in bfloat16, counting in float32 (%s)", why)
-            self.dtype = torch.float32
+        self._check_bfloat16(model, asked=dtype is not None)
         if self.device.type == "cpu":
             keep_freed_memory()
-        if None in (block, layout):
-            fixed = {"block": 128 if self.device.type == "cpu" else 4096, "layout": "channels_last"}
-            given = {"block": block, "layout": layout}
-            with cores(1):
-                found = (
-                    calibrated(model, self.shape, self.device, self.dtype, given)
-                    if calibrate
-                    else fixed
-                )
-            block, layout = block or found["block"], layout or found["layout"]
-        self.block, self.layout = int(block), layout
+        self.block, self.layout = self._shape_of_blocks(model, block, layout, tune)
         self.memory_format = (
             torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
         )
-        self._voter = _Voter(
-            model.to(self.dtype).to(memory_format=self.memory_format), self.classes
-        )
-        self._copies = [self._voter]
+        self._use(_Voter(model.to(self.dtype).to(memory_format=self.memory_format), self.classes))
+        self._scoring = None
         self.compiled, self._auto = False, compile == "auto"
         if compile is True:
             self.compile()
 
+    def _check_bfloat16(self, model, asked):
+        """Fall back to float32 where the network does not run in bfloat16 and none was asked."""
+        if self.dtype != torch.bfloat16:
+            return
+        why = runs_in_bfloat16(model, self.shape, self.device)
+        if why and asked:
+            raise ValueError(
+                f"dtype: model does not run in bfloat16 ({why}): "
+                "make constants of its forward buffers, or pass dtype=torch.float32"
+            )
+        if why:
+            log.warning("model does not run in bfloat16, counting in float32 (%s)", why)
+            self.dtype = torch.float32
+
+    def _shape_of_blocks(self, model, block, layout, tune):
+        """(block, layout): those given, measured, or fixed."""
+        if block is not None and layout is not None:
+            return int(block), layout
+        chosen = {"block": 128 if self.device.type == "cpu" else 4096, "layout": "channels_last"}
+        if tune:
+            with cores(1):
+                given = {"block": block, "layout": layout}
+                chosen = tuned(model, self.shape, self.device, self.dtype, given)
+        return int(block or chosen["block"]), layout or chosen["layout"]
+
+    def _use(self, voter):
+        self._voter, self._copies = voter, [voter]
+
     @property
     def settings(self):
-        """What runs: device, dtype, block, layout, folded, compiled, torch (flat, for records and logs)."""
+        """What runs, as a flat dict for records and logs.
+
+        Its keys are device, dtype, block, layout, folded, compiled and torch.
+        """
         return {
             "device": self.device.type,
             "dtype": str(self.dtype).removeprefix("torch."),
@@ -137,25 +182,29 @@ class BaseClassifier:
         }
 
     def compile(self):
-        """Compile with frozen weights (batch norm and normalisation folded). Without a C++ compiler on a CPU, says so and stays eager."""
+        """Compile with frozen weights (batch norm and normalisation folded).
+
+        Without a C++ compiler on a CPU it says so and stays eager.
+        """
         self._auto = False
         if self.device.type == "cpu" and not has_compiler():
             log.warning(
-                "no C++ compiler (g++) found: counting eagerly, which is slower; install one, or pass compile=False"
+                "no C++ compiler (g++) found: counting eagerly, which is slower; "
+                "install one, or pass compile=False"
             )
             return
         options, eager = {"cpp.threads": 1}, self._voter
         if self.device.type == "cuda":
             options |= {"max_autotune": True, "triton.cudagraphs": True}
         self._voter = torch.compile(self._voter, dynamic=False, options=options)
-        # Each network compiled in this process counts against one limit, past which torch would silently run it eagerly. Freezing is asked
-        # for here, since among the options it has no effect.
+        # Each network compiled in this process counts against one limit, past which torch would
+        # silently run it eagerly. Freezing is asked for here: among the options it has no effect.
         limits = torch._dynamo.config.patch(
             recompile_limit=10_000, accumulated_recompile_limit=10_000
         )
         try:
             with cores(1), limits, torch._inductor.config.patch(freezing=True):
-                self.votes(self.empty_block())
+                self.forward(self.empty_block())
         except BaseException:
             self._voter = eager
             raise
@@ -163,18 +212,25 @@ class BaseClassifier:
 
     @property
     def workers(self):
-        """Forward passes side by side: on a CPU as many as torch has threads (torch.set_num_threads, OMP_NUM_THREADS)."""
+        """Forward passes side by side: on a CPU as many as torch has threads.
+
+        Set it with torch.set_num_threads or OMP_NUM_THREADS.
+        """
         return torch.get_num_threads() if self.device.type == "cpu" else 1
 
     def consider_compiling(self, draws):
-        """With compile="auto": compile if so many draws would take longer than a compile pays for, and if it makes this network faster."""
-        if not self._auto or draws < 20 * self.block:
-            return
-        eager, before = self._voter, self._seconds()
-        if before * draws / self.block / self.workers > COMPILE_PAYS:
-            self.compile()
-            if self.compiled and self._seconds() > before:
-                self._voter, self.compiled = eager, False
+        """Whether a job of so many draws runs compiled; compile="auto" is decided here.
+
+        It compiles if the draws would take longer than a compile pays for, and keeps the result
+        if that is faster. A job asks once, so that it never mixes two networks.
+        """
+        if self._auto and draws >= 20 * self.block:
+            eager, before = self._voter, self._seconds()
+            if before * draws / self.block / self.workers > COMPILE_PAYS:
+                self.compile()
+                if self.compiled and self._seconds() > before:
+                    self._voter, self.compiled = eager, False
+        return self.compiled
 
     def _seconds(self):
         """Time of one block on one core, or on the GPU: the best of three."""
@@ -182,25 +238,54 @@ class BaseClassifier:
         for _ in range(4):
             start = time.perf_counter()
             with cores(1):
-                self.votes(block)
+                self.forward(block)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)
             times.append(time.perf_counter() - start)
         return min(times[1:])
 
     def empty_block(self):
-        """A block of zeros, [block, *shape], in the dtype, layout and device of the network."""
+        """A block of zeros [block, *shape], in the dtype, layout and device of the network."""
         return torch.zeros(self.block, *self.shape, dtype=self.dtype, device=self.device).to(
             memory_format=self.memory_format
         )
 
-    def voters(self, workers):
-        """A voter for each worker, of the same weights: two passes at once must not meet in what a forward stores on its modules."""
-        while not self.compiled and len(self._copies) < workers:
-            self._copies.append(copy_with_shared_weights(self._voter))
-        return [self._voter] * workers if self.compiled else self._copies[:workers]
+    def voters(self, workers, compiled):
+        """A voter for each worker, of the same weights.
+
+        Two passes at once must not meet in what a forward stores on its modules.
+        """
+        if compiled:
+            return [self._voter] * workers
+        while len(self._copies) < workers:
+            self._copies.append(copy_with_shared_weights(self._copies[0]))
+        return self._copies[:workers]
+
+    def ballots(self, workers, compiled):
+        """A ballot for each worker: calls of (block, place), then `rest`, give (place, votes)."""
+        return [_Ballot(self, voter) for voter in self.voters(workers, compiled)]
+
+    def scoring(self):
+        """The same network as a member of an ensemble: `forward` gives its logits in float32.
+
+        It shares the weights, is compiled where this one is, and is made once.
+        """
+        if self._scoring is None:
+            member = copy.copy(self)
+            member._use(_Scorer(self._copies[0].model))
+            member._scoring, member.compiled = member, False
+            if self.compiled:
+                member.compile()
+            self._scoring = member
+        return self._scoring
 
     @torch.no_grad()
-    def votes(self, images, voter=None):
-        """Class of each row of a full block, int64 [block]; `classes` where a logit is not finite. voter: one of `voters`."""
+    def forward(self, images, voter=None):
+        """Votes of a full block, int64 [block]; of `scoring` its logits, float32 [block, classes].
+
+        - images: [block, *shape], as `empty_block`.
+        - voter: one of `voters`.
+
+        A row where a logit is not finite votes for `classes`, one past the last class.
+        """
         return (self._voter if voter is None else voter)(images)

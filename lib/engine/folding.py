@@ -7,7 +7,13 @@ from torch import nn
 
 
 def folded(model, shape):
-    """The network with its batch norms folded into the convolutions before them (float32), where it can be traced and stays the same; else itself."""
+    """The network with its batch norms folded into the convolutions before them, in float32.
+
+    - model: nn.Module in eval mode.
+    - shape: (channels, height, width) of an image.
+
+    Returns the network itself where it cannot be traced, or where folding would change it.
+    """
     if not _batch_norms(model):
         return model
     generator = torch.Generator().manual_seed(0)
@@ -20,7 +26,8 @@ def folded(model, shape):
             same = torch.allclose(
                 short(x), before, rtol=1e-3, atol=1e-3 * float(before.abs().max())
             )
-    except Exception as error:  # tracing runs the user's code on proxies of tensors: what that raises is anyone's guess
+    # Tracing runs the user's code on proxies of tensors, which may raise anything.
+    except Exception as error:
         logging.getLogger(__name__).debug("batch norms not folded: %s", error)
         return model
     return short if same and _batch_norms(short) < _batch_norms(model) else model

@@ -9,14 +9,17 @@ import torch
 
 
 def has_bfloat16(device):
-    """Whether the hardware multiplies bfloat16 natively (CUDA from compute capability 8.0, x86 with avx512_bf16)."""
+    """Whether the hardware multiplies bfloat16 natively.
+
+    That is CUDA from compute capability 8.0, and x86 with avx512_bf16.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def pick_device(device=None):
-    """The torch.device asked for, if it is here; by default a GPU where there is one, else the CPU."""
+    """The torch.device asked for, if it is here; default: a GPU if there is one, else the CPU."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         torch.zeros(1, device=device)
@@ -44,7 +47,10 @@ def cores(number):
 
 
 def keep_freed_memory():
-    """Tell glibc not to hand freed activations back to the system after each block: they are wanted again at once, and a page fault costs more."""
+    """Tell glibc to keep the activations that are freed after each block.
+
+    They are wanted again at once, and a page fault costs more.
+    """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
         mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the largest that every version admits

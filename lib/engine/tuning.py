@@ -15,10 +15,16 @@ import torch
 from lib.store.files import sha256, write_atomically
 
 
-def calibrated(model, shape, device, dtype, given):
-    """The fastest {"block", "layout"} for an eager model on this device, those given (not None) kept; only speed hangs on it.
+def tuned(model, shape, device, dtype, given):
+    """The fastest {"block", "layout"} of a network that runs eagerly on this device.
 
-    Takes about a second for a ResNet-20 on one core, then cached per architecture, shape, device, dtype and torch version.
+    It takes about a second for a ResNet-20 on one core and is then cached per architecture, shape,
+    device, dtype and torch version. It affects speed only.
+
+    - model: nn.Module.
+    - shape: (channels, height, width) of an image.
+    - device, dtype: where and in which precision it will run.
+    - given: {"block", "layout"}; values that are not None are kept.
     """
     path = (
         pathlib.Path(platformdirs.user_cache_dir("randomized-smoothing"))
@@ -44,7 +50,8 @@ def _key(model, shape, device, dtype, given):
 
 
 def _measure(model, shape, device, dtype, given):
-    # On a CPU each core has a block of its own: it should stay in the core's cache, and of large images there must not be many.
+    # On a CPU each core has a block of its own: it should stay in the core's cache, and there
+    # must not be many large images.
     sizes = (
         [b for b in (16, 32, 64, 128, 256, 512) if b == 16 or b * math.prod(shape) <= 1 << 20]
         if device.type == "cpu"
