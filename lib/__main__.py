@@ -243,7 +243,8 @@ def _load_model(spec, architecture=None, data=None):
         raise FileNotFoundError(f"model {spec} is neither a file nor a name of the zoo ({names})")
     if data not in (None, header["data"]):
         raise ValueError(
-            f"data must be {header['data']}, which {spec} was trained on, or be left out; got {data}"
+            f"data must be {header['data']}, which {spec} was trained on, or be left out; "
+            f"got {data}"
         )
     return network, header
 

@@ -194,7 +194,7 @@ def check_counts(counts, below=None):
 def check_noise(counts, noise):
     """The noise of a certificate is the one that its votes were drawn under.
 
-    - counts: a source of votes; its attribute `noise`, where it has one, is what it was drawn under.
+    - counts: a source of votes; its attribute `noise`, where it has one, is that of its votes.
     """
     own = getattr(counts, "noise", None)
     if own is not None and own != noise:

@@ -114,7 +114,9 @@ class SampleSizeMap:
 
 
 def sample_size_map(n_max, decline, kind, noise, alpha, step=0.001):
-    """Algorithm 1 for all p at once: from a class probability to the fewest draws (Chen et al. 2022).
+    """Algorithm 1 for all p at once: from a class probability to the fewest draws.
+
+    Chen et al. 2022.
 
     psi(p) = the smallest whole k whose AD or RD against n_max draws is at most `decline`; 0 where
     that allows the radius 0. A whole grid is solved in milliseconds by one bisection over k, of the
@@ -136,7 +138,7 @@ def sample_size_map(n_max, decline, kind, noise, alpha, step=0.001):
     check_choice(KINDS, kind=kind)
     if alpha > 0.5:
         raise ValueError(
-            f"alpha must be at most 1/2: more draws may lower the bound; got {alpha!r}"
+            f"alpha must be at most 1/2: else more draws may lower the bound; got {alpha!r}"
         )
     if np.ndim(n_max):
         raise ValueError("n_max must be a single number: a map belongs to one n_max")
@@ -165,7 +167,7 @@ def _check_decline(decline, kind):
 
 
 def _smallest_sizes(p, n_max, limit, kind, noise, alpha):
-    """psi(p), int64 of p's shape, by bisection over whole k: low fails and high holds throughout."""
+    """psi(p), int64 of p's shape, by bisection over whole k: low fails, high holds throughout."""
     shape, p = np.shape(p), np.ravel(p)
     sizes = np.zeros(p.shape, dtype=np.int64)
     desired = noise.radius(clopper_pearson_lower(p * n_max, n_max, alpha))

@@ -79,11 +79,11 @@ class Recipe:
     def header(self):
         """The recipe as a flat dict of plain values, for a checkpoint."""
         parts = dataclasses.asdict(self)
-        return parts | parts.pop("schedule") if "schedule" in parts else parts
+        return parts.pop("schedule") | parts
 
 
 def one_cycle(step, steps, peak, warm=0.2):
-    """Learning rate at a step: linear from 0 to `peak` over the first `warm` of the steps, then back."""
+    """Learning rate at a step: linear from 0 to `peak` over the first `warm` of them, then back."""
     done = (step + 0.5) / steps
     return peak * min(done / warm, (1 - done) / (1 - warm))
 
@@ -122,7 +122,8 @@ def fit(
     - progress: True, False, or None (a bar on more than a few seconds).
     - after_epoch: called with (model, history) after each epoch.
 
-    Returns the history, one dict per epoch (epoch, loss, lr). Raises ValueError naming the argument.
+    Returns the history, one dict per epoch (epoch, loss, lr). Raises ValueError naming the
+    argument.
     """
     check_images(x)
     if noise.size not in (None, len(x)):

@@ -90,7 +90,7 @@ MODELS, RUNS = read_table()
 
 
 def model(name, folder=DATA / "models"):
-    """A trained classifier by name (module in eval mode, float32): loaded, or trained and stored."""
+    """A trained classifier by name (in eval mode, float32): loaded, or trained and stored."""
     check_choice(MODELS, model=name)
     path = pathlib.Path(folder) / f"{name}.safetensors"
     if not path.exists():

@@ -380,7 +380,7 @@ def test_a_job_refuses_what_it_cannot_certify(tmp_path):
 
     with pytest.raises(ValueError, match="index must be ascending, each example once"):
         job([1, 1])
-    with pytest.raises(ValueError, match="index must be class indices below 360|index must"):
+    with pytest.raises(ValueError, match="index must"):
         job([0, 360])
     with pytest.raises(ValueError, match="noise must have one level, or 2"):
         job(noise=[0.5, 0.5, 0.5])

@@ -156,7 +156,7 @@ class _Group:
     """The few messages between the processes of a run, through torchrun's key-value store.
 
     A process group of gloo or nccl would do it, too. But its threads now and then end a process
-    with an abort at its exit, and it needs a network interface to be found on machines with several.
+    with an abort at its exit, and it must find a network interface on machines with several.
     """
 
     def __init__(self, me, processes):

@@ -6,7 +6,7 @@ import pathlib
 
 
 def write_atomically(path, data):
-    """Write bytes to `path` so that a kill at any moment leaves the old file or the new one, never a part."""
+    """Write bytes to `path`: a kill at any moment leaves the old file or the new one whole."""
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # One temporary name a process: two writers of one path cannot mix their bytes.

@@ -60,7 +60,7 @@ class Journal:
     def __init__(self, path):
         self.path = pathlib.Path(path)
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self._file = open(self.path, "a+b")
+        self._file = open(self.path, "a+b")  # noqa: SIM115 (closed by __exit__)
         try:
             self._lock()
             self._file.seek(0)

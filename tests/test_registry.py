@@ -1,0 +1,181 @@
+"""Noise, samplers and losses as data: one registered class gets files, streams and refusals."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import ndtri
+
+from lib.certify import certify
+from lib.counts import ModelCounts, RecordedCounts, SimulatedCounts
+from lib.losses import LOSSES, GaussianLoss
+from lib.noise import (
+    NOISES,
+    Gaussian,
+    Noise,
+    float32_below,
+    noise_stream,
+    per_image,
+    restore_noise,
+    standard_uniform,
+)
+from lib.samplers import SAMPLERS, Certify, InputSpecific, RecordVotes
+from lib.store.records import load_counts, save_counts
+from lib.store.registry import Registry, option
+
+
+@pytest.fixture
+def box(monkeypatch):
+    """A distribution of a user's own: uniform on a cube, certified in l1 by lambda (2 p - 1)."""
+    monkeypatch.setattr("lib.noise.NOISES", registry := Registry("noise"))
+    registry |= NOISES
+
+    @registry.register("Box")
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Box(Noise):
+        half: float | np.ndarray
+        norm = "l1"
+
+        def sample(self, x, generator):
+            unit = standard_uniform(x, generator).mul_(2).sub_(1)
+            return unit.mul_(per_image(self.half, x)).add_(x)
+
+        def radius(self, p_lower):
+            return np.maximum(0.0, self.half * (2 * np.asarray(p_lower) - 1))
+
+        def probability(self, radius):
+            return (np.asarray(radius) / self.half + 1) / 2
+
+    return Box
+
+
+class Bright(torch.nn.Module):
+    """Class 1 where the image's mean is above 1/2."""
+
+    def forward(self, x):
+        z = x.flatten(1).mean(dim=1, keepdim=True) - 0.5
+        return torch.cat([-z, z], dim=1)
+
+
+def test_a_noise_of_ones_own_has_streams_counts_and_records(box, tmp_path):
+    """One class: votes that do not depend on batch or order, a record that restores it, and a
+    certificate in its own norm that no other noise can take over."""
+    x = torch.full((3, 1, 4, 4), 0.5) + torch.tensor([0.0, 0.02, -0.05]).view(3, 1, 1, 1)
+    noise = box(np.array([0.5, 0.5, 0.25]))
+    counts = ModelCounts(Bright(), x, noise, block=32, layout="contiguous", progress=False)
+    votes = counts.draw(700)
+    lone = ModelCounts(
+        Bright(), x[2:], noise.select([2]), index=[2], block=32, layout="contiguous", progress=False
+    )
+    np.testing.assert_array_equal(lone.draw(700)[0], votes[2])
+    save_counts(tmp_path / "r.npz", votes, [0, 1, 2], [0, 1, 0], noise=noise.describe())
+    replay = RecordedCounts(load_counts(tmp_path / "r.npz"))
+    assert replay.noise == noise
+    assert certify(replay, noise, 100, 600, 0.01).radius[2] > 0
+    with pytest.raises(ValueError, match="noise must be the one that the votes were drawn under"):
+        certify(RecordedCounts(load_counts(tmp_path / "r.npz")), Gaussian(0.5), 100, 600, 0.01)
+
+
+def test_a_record_of_a_noise_that_is_not_registered_here_is_refused(box, tmp_path, monkeypatch):
+    header = {"noise": box(0.5).describe()}
+    save_counts(tmp_path / "r.npz", [[9, 1]], [0], [0], **header)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"noise must be one of .*; got 'Box'"):
+        RecordedCounts(load_counts(tmp_path / "r.npz"))
+
+
+@pytest.mark.parametrize("sigma", [0.12, np.array([0.12, 0.5, 1 / 3])])
+def test_descriptions_come_back_exactly(sigma):
+    noise = Gaussian(sigma)
+    assert restore_noise(noise.describe()) == noise
+    assert hash(restore_noise(noise.describe())) == hash(noise)
+    assert noise != Gaussian(np.asarray(sigma) * (1 + 1e-15))
+    for registry, things in (
+        (SAMPLERS, [Certify(20, 300, 0.01), InputSpecific(decline=0.1), RecordVotes(50)]),
+        (LOSSES, [GaussianLoss(smoothing=0.1)]),
+    ):
+        for thing in things:
+            assert registry.restore(registry.describe(thing)) == thing
+
+
+def test_unknown_names_options_and_classes_are_refused():
+    things = Registry("thing")
+
+    @things.register("a")
+    @dataclasses.dataclass(frozen=True)
+    class A:
+        size: int = option(3, "Size.")
+
+    assert things.make("a", size=4) == A(4)
+    for description, message in (
+        ({"name": "b"}, "thing must be one of a; got 'b'"),
+        ({"name": "a", "length": 3}, "thing a takes no length; it takes size"),
+        ({"size": 3}, "must be described by name and fields"),
+        ("a", "must be described by name and fields"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            things.restore(description)
+    with pytest.raises(ValueError, match="thing int is not registered"):
+        things.describe(3)
+    with pytest.raises(ValueError, match="'a' is registered already"):
+        things.register("a")(Certify)
+
+
+def test_one_number_is_the_level_of_noise_and_radius():
+    """At .12 the noise is drawn in float32; the radius is never that of a larger level."""
+    for sigma in (0.12, 0.1, 0.25, 1 / 3, 0.5, 1.0):
+        noise = Gaussian(sigma)
+        drawn = noise.sample(torch.zeros(1, 1, 1, 1), noise_stream(0, 0, 0, torch.device("cpu")))
+        unit = noise_stream(0, 0, 0, torch.device("cpu")).standard_normal(1, dtype=np.float32)
+        assert drawn.item() == np.float32(noise.level) * unit[0]
+        assert noise.radius(0.9) == noise.level * ndtri(0.9)
+        assert sigma * (1 - 2**-23) <= noise.level <= sigma
+    assert float32_below(0.1) < 0.1 < float(np.float32(0.1))
+    assert Gaussian(0.12).level == float(np.float32(0.12)) < 0.12
+
+
+def test_streams_beyond_32_bits_are_refused():
+    """(seed 0, index 2^32 + 5, chunk 0) would be the stream (0, 5, 1)."""
+    cpu = torch.device("cpu")
+    for seed, index in ((0, 2**32 + 5), (2**32, 0), (0, -1)):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 2\^32\)"):
+            noise_stream(seed, index, 0, cpu)
+    noise_stream(2**32 - 1, 2**32 - 1, 0, cpu)
+
+
+def test_a_noise_of_another_number_of_examples_is_refused():
+    counts = SimulatedCounts([[0.9, 0.1]])
+    with pytest.raises(ValueError, match="noise must have one level, or 1, one per example; got 3"):
+        certify(counts, Gaussian([0.5, 0.5, 0.5]), 10, 100, 0.01)
+
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Two(Noise):
+        a: np.ndarray
+        b: np.ndarray
+
+    two = Two(np.ones(2), np.ones(3))
+    with pytest.raises(ValueError, match="arrays differ in length"):
+        two.select([0])
+
+
+def test_what_a_sampler_states_is_what_it_takes():
+    """first, most and fixed of every registered sampler, at the probabilities where it may stop."""
+    noise = Gaussian(0.5)
+    for sampler in (Certify(20, 300), InputSpecific(20, 300), InputSpecific(20, 300, reuse=True)):
+        source = SimulatedCounts([[p, 1 - p] for p in (0.5, 0.6, 0.9, 0.999, 1.0)])
+        asked, draw = [], source.draw
+
+        def spy(n, asked=asked, draw=draw):
+            asked.append(np.broadcast_to(n, 5))
+            return draw(n)
+
+        source.draw = spy
+        certificates = sampler(source, noise)
+        assert (asked[0] == sampler.first).all()
+        total = np.sum(asked, axis=0)
+        np.testing.assert_array_equal(total, certificates.n)
+        assert (total <= sampler.most).all()
+        assert not sampler.fixed or (total == sampler.most).all()
+    votes = RecordVotes(50)(SimulatedCounts([[0.5, 0.5]]), noise)
+    assert (votes.n[0], votes.prediction[0], votes.radius[0]) == (50, -1, 0)
