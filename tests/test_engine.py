@@ -15,6 +15,7 @@ from lib.engine import classifier as engine
 from lib.engine.classifier import BaseClassifier
 from lib.engine.folding import folded
 from lib.engine.live import ModelCounts
+from lib.models import Normalize
 from lib.noise import CHUNK, Gaussian, noise_stream
 
 SHAPE = (1, 4, 4)
@@ -762,3 +763,12 @@ def test_images_outside_the_range_on_request():
     counts = ModelCounts(model, x, Gaussian(1.0), bounded=False, **PLAIN).draw(5000)
     for c, p in zip(counts, model.probabilities(x, 1.0), strict=True):
         assert chisquare(c, 5000 * p).pvalue > 1e-4
+
+
+def test_grey_images_are_refused_by_a_network_of_three_channels():
+    """Its normalisation would broadcast them to three channels, and the votes would mean nothing."""
+    network = nn.Sequential(Normalize((0.5,) * 3, (0.2,) * 3), nn.Flatten(), nn.LazyLinear(2))
+    network(torch.zeros(1, 3, 4, 4))
+    with pytest.raises(ValueError, match="normalises 3 channels, but the images have 1"):
+        BaseClassifier(network, (1, 4, 4))
+    BaseClassifier(network, (3, 4, 4), tune=False)

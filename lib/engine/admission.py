@@ -5,6 +5,8 @@ import logging
 
 import torch
 
+from lib.models import Normalize
+
 # Of the usual gap between the two best logits. Passes of one shape over equal rows agree to
 # rounding, far below it; so small a shift moves a probability by less than 100,000 draws can tell.
 TOLERANCE = 1e-3
@@ -44,6 +46,7 @@ def count_classes(model, shape, device):
     Raises ValueError where a row depends on the other rows. Warns where two passes over the same
     images differ: of a random network only the average over its randomness is certified.
     """
+    _check_channels(model, shape)
     generator = torch.Generator().manual_seed(0)
     mixed = False
     for sigma in NOISE_LEVELS:
@@ -66,6 +69,16 @@ def count_classes(model, shape, device):
             "batch_first=False?)"
         )
     return first.shape[1]
+
+
+def _check_channels(model, shape):
+    """Normalisation of three channels would broadcast grey images to three, without a word."""
+    for module in model.modules():
+        if isinstance(module, Normalize) and len(module.mean) not in (1, shape[0]):
+            raise ValueError(
+                f"model normalises {len(module.mean)} channels, but the images have {shape[0]}: "
+                "give the images that it was trained on"
+            )
 
 
 def _differ(a, b):
