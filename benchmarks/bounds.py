@@ -1,16 +1,20 @@
-"""How long a million Clopper-Pearson bounds take, beside statsmodels in the loop that the field writes. Prints a Markdown table.
+"""How long a million Clopper-Pearson bounds take, beside statsmodels called in a loop.
 
     python -m benchmarks.bounds [--repeat 5]
 
-The loop calls proportion_confint once a value, as Cohen et al. 2019 (appendix C) do; 1,000 calls are timed and scaled to a million.
-Whole counts repeat among a million values, and each is solved once; the rows of real k show the time without repeats.
+The loop calls proportion_confint once per value, as Cohen et al. 2019 (appendix C) do; 1,000 calls
+are timed and scaled to a million. Whole counts repeat among a million values, and each is solved
+once; the rows of real k show the time without repeats. Prints a Markdown table.
 """
 
 import argparse
 import platform
 import statistics
 
-from benchmarks.samplers import processor, seconds  # isort: skip (sets one thread before numpy is loaded)
+# isort: off (this sets one thread before numpy is loaded)
+from benchmarks.samplers import processor, seconds
+
+# isort: on
 
 import numpy as np
 import scipy
@@ -33,10 +37,14 @@ def main():
         help="timed calls of each setting, of which the median is shown",
     )
     repeat = parser.parse_args().repeat
-    versions = f"Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}, statsmodels {statsmodels.__version__}"
-    print(f"Machine: {processor()}, one used; {versions}; median of {repeat}.\n")
     print(
-        "| n | hits k | ours, 1e6 in one call (s) | statsmodels, loop scaled to 1e6 (s) | loop / ours | statsmodels, one call (s) | one call / ours |"
+        f"Machine: {processor()}, one used; Python {platform.python_version()}, numpy "
+        f"{np.__version__}, scipy {scipy.__version__}, statsmodels {statsmodels.__version__}; "
+        f"median of {repeat}.\n"
+    )
+    print(
+        "| n | hits k | ours, 1e6 in one call (s) | statsmodels, loop scaled to 1e6 (s) "
+        "| loop / ours | statsmodels, one call (s) | one call / ours |"
     )
     print("| --- | --- | --- | --- | --- | --- | --- |")
     rng = np.random.default_rng(0)
@@ -47,28 +55,27 @@ def main():
             "real, all different": rng.uniform(0, n, VALUES),
         }
         for hits, k in kinds.items():
-            ours = statistics.median(
-                seconds(lambda k=k, n=n: clopper_pearson_lower(k, n, ALPHA), repeat)
-            )
-            loop = statistics.median(
-                seconds(
-                    lambda k=k, n=n: [
-                        proportion_confint(one, n, alpha=2 * ALPHA, method="beta")[0]
-                        for one in k[:LOOPED]
-                    ],
-                    repeat,
-                )
-            )
-            call = statistics.median(
-                seconds(
-                    lambda k=k, n=n: proportion_confint(k, n, alpha=2 * ALPHA, method="beta"),
-                    repeat,
-                )
+            ours, loop, call = (
+                statistics.median(seconds(work, repeat)) for work in contenders(k, n)
             )
             loop *= VALUES / LOOPED
             print(
-                f"| {n:,} | {hits} | {ours:.2f} | {loop:,.0f} | {loop / ours:,.0f} | {call:.2f} | {call / ours:.1f} |"
+                f"| {n:,} | {hits} | {ours:.2f} | {loop:,.0f} | {loop / ours:,.0f} | {call:.2f} "
+                f"| {call / ours:.1f} |"
             )
+
+
+def contenders(k, n):
+    """Ours on all k, statsmodels on the first LOOPED of them one by one, and on all k at once."""
+
+    def theirs(hits):
+        return proportion_confint(hits, n, alpha=2 * ALPHA, method="beta")[0]
+
+    return (
+        lambda: clopper_pearson_lower(k, n, ALPHA),
+        lambda: [theirs(one) for one in k[:LOOPED]],
+        lambda: theirs(k),
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""A certification killed with SIGKILL at random moments and started again until it is done, compared with one that was left alone.
+"""A certification killed at random moments and started again until it is done.
 
-python -m benchmarks.kill_resume [--kills 10] [--seed 0] [--processes 1]
-Prints a Markdown table and whether log (but for its times) and record are the same to the last byte.
+    python -m benchmarks.kill_resume [--kills 10] [--seed 0] [--processes 1]
+
+It is killed with SIGKILL, and compared with one that was left alone. Prints a Markdown table and
+whether log (but for its times) and record are the same to the last byte.
 """
 
 import argparse
@@ -17,22 +19,10 @@ import time
 
 STARTS = 3.0  # seconds, about, until a process counts (under torchrun twice as many)
 ROOT = pathlib.Path(__file__).parent.parent
-JOB = [
-    "certify",
-    "digits-cnn-sigma0.50",
-    "--sigma",
-    "0.5",
-    "--N0",
-    "100",
-    "--N",
-    "20000",
-    "--dtype",
-    "float32",
-    "--block",
-    "256",
-    "--no-compile",
-]
-JOB += ["--layout", "contiguous"]
+JOB = (
+    "certify digits-cnn-sigma0.50 --sigma 0.5 --N0 100 --N 20000 --dtype float32 --block 256 "
+    "--no-compile --layout contiguous"
+).split()
 
 
 def start(out, processes):
@@ -80,7 +70,8 @@ def main():
         print("| kill | after (s) | examples on disk |\n| ---: | ---: | ---: |")
         for kill in range(1, options.kills + 1):
             process = start(out, options.processes)
-            # One in five while it still imports and reads; the others so far into the counting that all kills together leave some of it.
+            # One kill in five comes while it still imports and reads; the others come so early in
+            # the counting that all of them together leave some of it.
             starts = STARTS * min(options.processes, 2)
             moment = (
                 rng.uniform(0, starts)
@@ -90,7 +81,8 @@ def main():
             try:
                 process.wait(timeout=moment)
             except subprocess.TimeoutExpired:
-                # All at once, as the loss of a machine does: torchrun, and its workers, whose command lines name the log, too.
+                # All at once, as when a machine is lost: torchrun and its workers, whose command
+                # lines name the log, too.
                 for one in _processes(out):
                     os.kill(one, signal.SIGKILL)
                 process.wait()
@@ -104,20 +96,22 @@ def main():
             pathlib.Path(f"{out}.npz").read_bytes() == pathlib.Path(f"{alone}.npz").read_bytes()
         )
         lines = len(without_time(out)) - 1
+        words = {True: "the same", False: "DIFFERS"}
         print(
-            f"\n{lines} examples after {options.kills} kills: log {'the same' if same else 'DIFFERS'}, record {'the same' if records else 'DIFFERS'}"
+            f"\n{lines} examples after {options.kills} kills: log {words[same]}, record "
+            f"{words[records]}"
         )
         sys.exit(0 if same and records else 1)
 
 
 def _processes(out):
     """Ids of the processes of a run (Linux); one that has ended has no command line any more."""
-    found = []
+    ids = []
     for process in pathlib.Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if str(out).encode() in (process / "cmdline").read_bytes():
-                found.append(int(process.name))
-    return found
+                ids.append(int(process.name))
+    return ids
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""How long the sample-size map of input-specific sampling takes, beside the paper's own times. Prints a Markdown table.
+"""How long the sample-size map of input-specific sampling takes, beside the paper's times.
 
     python -m benchmarks.samplers [--repeat 30]
 
-The paper's times are table 3 of Chen et al. 2022 (n_max = 100,000; a 3.8 GHz Xeon Gold 5222; its step is not stated, ours is .001).
+The paper's times are table 3 of Chen et al. 2022 (n_max = 100,000; a 3.8 GHz Xeon Gold 5222; its
+step is not stated, ours is .001). Prints a Markdown table.
 """
 
 import argparse
@@ -28,16 +29,10 @@ PUBLISHED = pathlib.Path(__file__).parent.parent / "data" / "published" / "chen2
 def processor():
     """The processor's name, where the system tells it."""
     info = pathlib.Path("/proc/cpuinfo")
-    names = (
-        [
-            line.split(":", 1)[1].strip()
-            for line in info.read_text().splitlines()
-            if line.startswith("model name")
-        ]
-        if info.exists()
-        else []
-    )
-    return f"{names[0] if names else platform.processor() or platform.machine()}, {os.cpu_count()} logical cores"
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    name = names[0] if names else platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} logical cores"
 
 
 def seconds(work, repeat):
@@ -58,7 +53,8 @@ def main():
     parser.add_argument("--repeat", type=int, default=30, help="timed calls of each setting")
     repeat = parser.parse_args().repeat
     print(
-        f"Machine: {processor()}; Python {platform.python_version()}, numpy {np.__version__}, scipy {scipy.__version__}; {repeat} calls each.\n"
+        f"Machine: {processor()}; Python {platform.python_version()}, numpy {np.__version__}, "
+        f"scipy {scipy.__version__}; {repeat} calls each.\n"
     )
     print("| n_max | kind | decline | best (ms) | median (ms) | paper (s) | paper / our median |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
@@ -68,7 +64,8 @@ def main():
         )
         middle = statistics.median(taken)
         print(
-            f"| 100,000 | {row.kind} | {row.decline} | {1e3 * min(taken):.1f} | {1e3 * middle:.1f} | {row.seconds} | {row.seconds / middle:,.0f} |"
+            f"| 100,000 | {row.kind} | {row.decline} | {1e3 * min(taken):.1f} "
+            f"| {1e3 * middle:.1f} | {row.seconds} | {row.seconds / middle:,.0f} |"
         )
 
 

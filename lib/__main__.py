@@ -360,8 +360,8 @@ def report(
     """Report what logs certify: ACR, certified accuracy at radii, abstentions, draws, time."""
     if csv + latex + markdown + as_json > 1:
         raise typer.BadParameter("take one of --csv, --latex, --markdown, --json")
+    read = {str(path): read_log(path) for path in logs}
     try:
-        read = {str(path): read_log(path) for path in logs}
         table = summarize(read, None if radii is None else [float(r) for r in radii.split(",")])
     except ValueError as error:
         if "could not convert" in str(error):

@@ -1,6 +1,7 @@
-"""The audit of a guarantee: how often a sampler is wrong at known class probabilities, against the alpha it promises.
+"""The audit of a guarantee: how often a sampler is wrong, against the alpha it promises.
 
-Used by the tests; run as a script (`python tests/audit.py`) it prints the table of CERTIFY and of PREDICT.
+The class probabilities are known. Used by the tests; run as a script (`python tests/audit.py`) it
+prints the tables of CERTIFY and of PREDICT.
 """
 
 import numpy as np
@@ -20,8 +21,9 @@ RUNS = 100_000
 def is_false(found, probabilities):
     """Which answers are wrong: bool [B].
 
-    Certificates are wrong where the radius exceeds the true one, sigma Phi^-1(p) of the class named (0 for a class without the majority);
-    predictions (an int array) where another class than the first, which must be the likeliest, is named.
+    A certificate is wrong where its radius exceeds the true one, sigma Phi^-1(p) of the class named
+    (0 for a class without the majority). A prediction (an int array) is wrong where it names
+    another class than the first, which must be the likeliest.
     """
     if isinstance(found, Certificates):
         true = NOISE.radius(np.asarray(probabilities)[np.maximum(found.prediction, 0)])
@@ -30,9 +32,12 @@ def is_false(found, probabilities):
 
 
 def audit(sampler, probabilities, alpha, runs=RUNS, seed=0):
-    """Runs sampler(counts, alpha) on `runs` simulated examples of these class probabilities; returns a dict, one row of the table.
+    """Run a sampler on simulated examples; returns a dict, one row of the table.
 
-    `p-value`: of the exact binomial test that the rate of wrong answers is at most alpha.
+    - sampler: called as sampler(counts, alpha).
+    - probabilities: of the classes, the same in all `runs` examples.
+
+    `p-value` is that of the exact binomial test that the rate of wrong answers is at most alpha.
     """
     found = sampler(SimulatedCounts(np.tile(probabilities, (runs, 1)), seed=seed), alpha)
     false = int(is_false(found, probabilities).sum())
@@ -57,7 +62,11 @@ def run_predict(counts, alpha):
 
 
 def exact_rate(p, alpha, n0=100, n=1000):
-    """P(false certificate) of CERTIFY on two classes of probabilities p >= 1/2 and 1 - p, exactly: the sum over both votes (ties name class 0)."""
+    """The exact probability of a false certificate of CERTIFY.
+
+    Two classes have probabilities p >= 1/2 and 1 - p; the sum is over the votes of both stages
+    (ties name class 0).
+    """
     named = binom.cdf(n0 // 2, n0, 1 - p), binom.sf(n0 // 2, n0, 1 - p)
     votes = np.arange(n + 1)
     bound = clopper_pearson_lower(votes, n, alpha)
@@ -66,7 +75,7 @@ def exact_rate(p, alpha, n0=100, n=1000):
 
 
 def certify_cases():
-    """Two classes, which is the worst case: the true radius is then no larger than sigma Phi^-1(p)."""
+    """Two classes, the worst case: the true radius is then no larger than sigma Phi^-1(p)."""
     return [([p, 1 - p], alpha) for alpha in (0.01, 0.001) for p in PROBABILITIES]
 
 
@@ -90,6 +99,5 @@ if __name__ == "__main__":
             table.insert(
                 6, "exact / alpha", [exact_rate(p[0], alpha) / alpha for p, alpha in cases]
             )
-        print(
-            f"{name}: worst rate of wrong answers {table['false / alpha'].max():.3f} alpha\n{table.round(3).to_string(index=False)}\n"
-        )
+        print(f"{name}: worst rate of wrong answers {table['false / alpha'].max():.3f} alpha")
+        print(table.round(3).to_string(index=False) + "\n")

@@ -1,4 +1,7 @@
-"""The attack: inside its ball, as strong as can be where the best attack is known, repeatable, and beaten by every certificate."""
+"""The attack: inside its ball, repeatable, and beaten by every certificate.
+
+Where the best attack is known, it is as strong as that.
+"""
 
 import numpy as np
 import pytest
@@ -49,7 +52,10 @@ def length(attacked, x):
 
 
 def test_the_attack_stays_strictly_inside_each_radius(digits):
-    """From radii below the resolution of float32 pixels, where nothing may move, to radii longer than the path of the attack."""
+    """Radii from below the resolution of float32 pixels to beyond the path of the attack.
+
+    At the smallest nothing may move.
+    """
     network, _, x, y = digits
     radius = np.geomspace(1e-9, 30, len(x))
     attacked = attack_smoothed(network, x, y, NOISE, radius, steps=3, k=10)
@@ -62,7 +68,10 @@ def test_the_attack_stays_strictly_inside_each_radius(digits):
 
 
 def test_one_step_on_a_linear_network_is_its_normal():
-    """A linear network's loss grows along its normal for any noise: one step has the step's length and no other direction."""
+    """A linear network's loss grows along its normal, whatever the noise.
+
+    One step has the step's length and no other direction.
+    """
     network, normal, _ = linear()
     x = images(6)
     y = np.array([0, 1, 0, 1, 0, 1])
@@ -75,7 +84,10 @@ def test_one_step_on_a_linear_network_is_its_normal():
 
 
 def test_a_linear_network_falls_exactly_beyond_its_margin():
-    """Proposition 5: the radius |w'x + b| / ||w|| is where a smoothed linear classifier changes; the attack finds that point, and no nearer one."""
+    """The attack finds the nearest point where a smoothed linear classifier changes.
+
+    Its distance is |w'x + b| / ||w|| (proposition 5).
+    """
     network, normal, offset = linear()
     x = images(40)
     margin = (x.flatten(1) @ normal + offset).numpy()
@@ -86,7 +98,8 @@ def test_a_linear_network_falls_exactly_beyond_its_margin():
         )
         after = (attacked.flatten(1) @ normal + offset).numpy() > 0
         np.testing.assert_array_equal(after != side, np.full(40, falls))
-        # The best attack ends on the normal, at the radius: nothing closer to the other side exists in the ball.
+        # The best attack ends on the normal, at the radius: no point of the ball is nearer to the
+        # other side.
         np.testing.assert_allclose(
             (attacked.flatten(1) @ normal + offset).numpy(), margin * (1 - factor), atol=2e-4
         )
@@ -102,7 +115,7 @@ def test_a_linear_network_falls_exactly_beyond_its_margin():
 
 
 def test_no_certificate_falls_and_beyond_it_most_do(digits):
-    """The attack is strong enough to break most points at twice the radius, and breaks none inside it."""
+    """The attack breaks most points at twice the radius, and none inside it."""
     network, base, x, _ = digits
     found = certify(ModelCounts(base, x, NOISE), NOISE, 50, 3000, 0.001)
     kept = found.prediction != ABSTAIN
@@ -150,7 +163,10 @@ def test_bounded_stays_in_the_pixel_range_and_unbounded_leaves_it(digits):
 
 
 def test_an_example_is_attacked_alike_in_any_company(digits):
-    """Its noise is a function of (seed, index, step): neither the batch nor the size of a pass matters, beyond float32 rounding."""
+    """Its noise is a function of (seed, index, step) alone.
+
+    Neither the batch nor the size of a pass matters, beyond float32 rounding.
+    """
     network, _, x, y = digits
     whole = attack_smoothed(network, x, y, NOISE, 0.4, steps=5, k=30, seed=3)
     part = attack_smoothed(
@@ -165,7 +181,10 @@ def test_an_example_is_attacked_alike_in_any_company(digits):
 
 
 def test_more_draws_than_a_pass_holds_make_the_same_gradient():
-    """On a linear network the gradient's direction has no noise, so that k = 25 in passes of 10, 10 and 5 must give the same image."""
+    """k = 25 draws in passes of 10, 10 and 5 give the same image as in one pass.
+
+    On a linear network the gradient's direction has no noise.
+    """
     network, _, _ = linear()
     x = images(3)
     split, single = (
@@ -193,7 +212,10 @@ def test_sigma_per_example_is_each_examples_own(digits):
 
 
 def test_the_attack_never_sees_the_draws_that_judge_it(monkeypatch):
-    """Each step of each example has a stream of its own, beyond every chunk that ModelCounts may draw at the same seed."""
+    """Each step of each example has a stream of its own.
+
+    It lies beyond every chunk that ModelCounts may draw at the same seed.
+    """
     asked = []
     monkeypatch.setattr(
         attacks,
@@ -252,9 +274,6 @@ def test_bad_input_is_refused_by_name(change, message):
     }
     with pytest.raises(ValueError, match=message):
         attack_smoothed(**(arguments | change))
-
-
-# ------------------------------------------------------------------ counting the votes of an attacked image
 
 
 def test_unbounded_counts_are_the_same_counts_inside_the_range(digits):

@@ -1,4 +1,4 @@
-"""Each bad input is answered by a ValueError that names the argument, what was expected and what came.
+"""Each bad input is a ValueError that names the argument, what was expected and what came.
 
 Run as a script (`python tests/test_bad_inputs.py`) it prints every message.
 """
@@ -87,7 +87,6 @@ def iss(**settings):
 
 # Name: (call, what its message must hold).
 BAD = {
-    # A failure probability.
     "alpha 0": (lambda: run(alpha=0), ["alpha", "(0, 1)", "got 0"]),
     "alpha 1": (lambda: predict(votes(), 10, 1), ["alpha", "(0, 1)"]),
     "alpha negative": (lambda: bounds.clopper_pearson_lower(3, 5, -0.1), ["alpha", "-0.1"]),

@@ -1,4 +1,7 @@
-"""Clopper-Pearson, the top-class test and theorem 5, against exact arithmetic, scipy, statsmodels and simulation."""
+"""Clopper-Pearson, the top-class test and theorem 5.
+
+Against exact arithmetic, scipy, statsmodels and simulation.
+"""
 
 from decimal import Decimal, localcontext
 from fractions import Fraction
@@ -30,7 +33,10 @@ def exact_tail(k, n, p):
 
 
 def at_most(k, n, p):
-    """P(X <= k) for X ~ Binomial(n, p), p a Decimal: its terms added in 40-digit decimals (no library's beta function)."""
+    """P(X <= k) for X ~ Binomial(n, p), p a Decimal, without any library's beta function.
+
+    The terms are added in 40-digit decimals.
+    """
     with localcontext() as context:
         context.prec = 40
         if p <= 0:
@@ -47,21 +53,20 @@ def long_tail(misses, n, p):
     return at_most(misses, n, 1 - Decimal(float(p)))
 
 
-# ------------------------------------------------------------------ the lower bound against exact tails
-
-
 @pytest.mark.parametrize("alpha", ALPHAS)
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 20, 45])
 def test_lower_is_never_too_high_in_exact_arithmetic(n, alpha):
-    """The double that comes back has a tail of at most alpha, as fractions; and one part in 1e6 above it the tail is more."""
+    """As fractions, the double returned has a tail of at most alpha.
+
+    One part in 1e6 above it the tail is more.
+    """
     for k, bound in enumerate(clopper_pearson_lower(np.arange(n + 1), n, alpha)):
         if k == 0:
             assert bound == 0
             continue
         assert exact_tail(k, n, Fraction(bound)) <= Fraction(alpha)
-        assert exact_tail(
-            k, n, min(Fraction(bound) * (1 + Fraction(1, 10**6)), Fraction(1))
-        ) > Fraction(alpha)
+        above = min(Fraction(bound) * (1 + Fraction(1, 10**6)), Fraction(1))
+        assert exact_tail(k, n, above) > Fraction(alpha)
 
 
 @pytest.mark.parametrize("alpha", ALPHAS)
@@ -85,18 +90,21 @@ def test_lower_is_never_too_high_at_many_draws(n, misses, alpha):
 
 @given(st.integers(1, 10_000_000), st.integers(1, 400), levels)
 def test_upper_is_never_too_low_at_many_draws(n, misses, alpha):
-    """Few hits: their complement has few misses. Absolute errors of 1e-13 are allowed, on the safe side."""
+    """Few hits: their complement has few misses.
+
+    Absolute errors of 1e-13 are allowed, on the safe side.
+    """
     hits = min(misses, n - 1)
     bound = clopper_pearson_upper(hits, n, alpha)
-    assert (
-        at_most(hits, n, Decimal(float(bound)))
-        <= Decimal(alpha)
-        < at_most(hits, n, Decimal(bound * (1 - 1e-6) - 1e-12))
-    )
+    below = Decimal(bound * (1 - 1e-6) - 1e-12)
+    assert at_most(hits, n, Decimal(float(bound))) <= Decimal(alpha) < at_most(hits, n, below)
 
 
 def test_the_case_that_scipy_gets_wrong():
-    """betaincinv, and with it statsmodels, gives .93743 (scipy 1.17.1); the tail in decimals says who is right."""
+    """betaincinv, and with it statsmodels, gives .93743 (scipy 1.17.1).
+
+    The tail in decimals shows that this is wrong.
+    """
     bound = clopper_pearson_lower(42_291, 43_290, 0.001)
     assert bound == pytest.approx(0.974607, abs=5e-7)
     assert Decimal("0.000999999") < long_tail(999, 43_290, bound) <= Decimal("0.001")
@@ -104,7 +112,10 @@ def test_the_case_that_scipy_gets_wrong():
 
 
 def test_scan_of_999_misses():
-    """scipy's quantile is wrong at many n here. True bounds rise with n; each solves its equation, some checked in decimals."""
+    """scipy's quantile is wrong at many of these n.
+
+    True bounds rise with n. Each solves its equation, some of them checked in decimals.
+    """
     n = np.unique(np.geomspace(1000, 2_000_000, 30_000).astype(int))
     bound = clopper_pearson_lower(n - 999, n, 0.001)
     assert len(n) > 20_000
@@ -125,54 +136,40 @@ def test_scan_of_other_misses(misses):
         np.testing.assert_allclose(binom.sf(n - misses - 1, n, bound), alpha, rtol=2e-6)
 
 
-# ------------------------------------------------------------------ against other libraries
-
-
 @pytest.mark.parametrize(
     "n", [1, 2, 5, 10, 100, 999, 1000, 1001, 2000, 10_000, 43_290, 100_000, 1_000_000]
 )
 @pytest.mark.parametrize("alpha", [1e-4, 0.001, 0.05, 0.3])
 def test_interval_against_statsmodels(n, alpha):
-    """proportion_confint at 2 alpha; where it disagrees by more than 1e-8, the tail in decimals must be on our side."""
-    k = np.unique(
-        np.concatenate(
-            [
-                np.arange(min(n, 30) + 1),
-                n - np.arange(min(n, 30) + 1),
-                np.linspace(0, n, 60).astype(int),
-                [max(0, n - 999)],
-            ]
-        )
-    )
+    """proportion_confint at 2 alpha gives the same interval to 1e-8.
+
+    Where it does not, the tail in decimals must be on our side.
+    """
+    ends, between = np.arange(min(n, 30) + 1), np.linspace(0, n, 60).astype(int)
+    k = np.unique(np.concatenate([ends, n - ends, between, [max(0, n - 999)]]))
     low, up = proportion_confint(k, n, alpha=2 * alpha, method="beta")
     ours = clopper_pearson_lower(k, n, alpha)
     for i in np.flatnonzero(~np.isclose(ours, low, rtol=1e-8, atol=0)):
         assert k[i] == n - 999
-        assert (
-            Decimal(alpha) * (1 - Decimal("1e-5"))
-            < long_tail(n - k[i], n, ours[i])
-            <= Decimal(alpha)
-            < 1
-        )
+        tail = long_tail(n - k[i], n, ours[i])
+        assert Decimal(alpha) * (1 - Decimal("1e-5")) < tail <= Decimal(alpha) < 1
         assert abs(long_tail(n - k[i], n, low[i]) / Decimal(alpha) - 1) > Decimal("1e-6")
     same = k != 999
-    np.testing.assert_allclose(
-        clopper_pearson_upper(k, n, alpha)[same], up[same], rtol=1e-8, atol=2e-13
-    )
+    upper = clopper_pearson_upper(k, n, alpha)
+    np.testing.assert_allclose(upper[same], up[same], rtol=1e-8, atol=2e-13)
 
 
 @given(st.integers(1, 5000), st.floats(0, 1), st.sampled_from([0.0005, 0.001, 0.01, 0.05, 0.2]))
-def test_interval_against_scipys_exact_interval(n, share, alpha):
-    """binomtest inverts the tail by root finding, not by a quantile function: a second route to the same number."""
-    k = round(share * n)
+def test_interval_against_scipys_exact_interval(n, part, alpha):
+    """binomtest inverts the tail by root finding, not by a quantile function."""
+    k = round(part * n)
     exact = binomtest(k, n).proportion_ci(1 - 2 * alpha, method="exact")
     if k not in (999, n - 999):
         assert clopper_pearson_lower(k, n, alpha) == pytest.approx(exact.low, rel=1e-7)
         assert clopper_pearson_upper(k, n, alpha) == pytest.approx(exact.high, rel=1e-7)
     else:
-        assert binom.sf(k - 1, n, clopper_pearson_lower(k, n, alpha)) == pytest.approx(
-            alpha, rel=1e-5
-        )
+        tail = binom.sf(k - 1, n, clopper_pearson_lower(k, n, alpha))
+        assert tail == pytest.approx(alpha, rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -180,21 +177,19 @@ def test_interval_against_scipys_exact_interval(n, share, alpha):
     [(2.5, 7, 0.001), (0.3, 4, 0.05), (99.5, 100, 0.001), (950.25, 1000, 0.01), (6.999, 7, 0.2)],
 )
 def test_real_counts_solve_the_beta_integral(k, n, alpha):
-    """For real k the equation is I_bound(k, n - k + 1) = alpha: the density of Beta(k, n - k + 1) integrated by quadrature."""
+    """For real k the equation is I_bound(k, n - k + 1) = alpha.
+
+    The density of Beta(k, n - k + 1) is integrated by quadrature.
+    """
     bound = clopper_pearson_lower(k, n, alpha)
-    assert quad(beta(k, n - k + 1).pdf, 0, bound, epsabs=0, epsrel=1e-9)[0] == pytest.approx(
-        alpha, rel=1e-7
-    )
-
-
-# ------------------------------------------------------------------ shape, order and extremes
+    tail = quad(beta(k, n - k + 1).pdf, 0, bound, epsabs=0, epsrel=1e-9)[0]
+    assert tail == pytest.approx(alpha, rel=1e-7)
 
 
 def test_extremes_by_hand():
     """All hits: alpha^(1/n). No hits: 0. One of two: P(X >= 1) = 1 - (1 - p)^2 = alpha."""
-    assert clopper_pearson_lower(100_000, 100_000, 0.001) == pytest.approx(
-        0.001 ** (1 / 100_000), rel=1e-14
-    )
+    unanimous = clopper_pearson_lower(100_000, 100_000, 0.001)
+    assert unanimous == pytest.approx(0.001 ** (1 / 100_000), rel=1e-14)
     assert clopper_pearson_lower(0, 100_000, 0.001) == 0
     assert clopper_pearson_lower(1, 2, 0.19) == pytest.approx(0.1, rel=1e-9)
     assert clopper_pearson_upper(0, 1000, 0.001) == pytest.approx(1 - 0.001**0.001, rel=1e-12)
@@ -202,31 +197,10 @@ def test_extremes_by_hand():
 
 
 def test_never_nan_and_always_a_probability():
-    """Corners: one draw and a billion, hits next to 0 and to n, real or whole, levels from 1e-200 to almost 1."""
+    """Corners: one draw and a billion, hits next to 0 and to n, levels from 1e-200 to almost 1."""
     for n in (1, 2, 1000, 10**6, 10**9):
-        k = np.unique(
-            np.clip(
-                [
-                    0,
-                    1e-300,
-                    1e-9,
-                    0.001,
-                    0.5,
-                    1,
-                    1.5,
-                    2,
-                    n / 3,
-                    n / 2,
-                    n - 2,
-                    n - 1,
-                    n - 0.5,
-                    n - 1e-9,
-                    n,
-                ],
-                0,
-                n,
-            )
-        )
+        few, many = [0, 1e-300, 1e-9, 0.001, 0.5, 1, 1.5, 2], [2, 1, 0.5, 1e-9, 0]
+        k = np.unique(np.clip([*few, n / 3, n / 2, *(n - m for m in many)], 0, n))
         for alpha in (1e-200, 1e-30, 0.001, 0.5, 0.999, 1 - 1e-12):
             low, up = clopper_pearson_lower(k, n, alpha), clopper_pearson_upper(k, n, alpha)
             for bound in (low, up):
@@ -239,17 +213,19 @@ def test_never_nan_and_always_a_probability():
 
 
 def test_a_level_above_one_half_where_the_quantile_fails():
-    """At alpha = .999 the bound lies above k / n = 4.6e-5; the exact tail is 1 - (1 - p)^n - n p (1 - p)^(n - 1)."""
+    """At alpha = .999 the bound lies above k / n = 4.6e-5.
+
+    The exact tail is 1 - (1 - p)^n - n p (1 - p)^(n - 1).
+    """
     p = clopper_pearson_lower(2, 43_290, 0.999)
     assert p > 2 / 43_290
-    assert 1 - at_most(1, 43_290, Decimal(float(p))) == pytest.approx(
-        Decimal("0.999"), rel=Decimal("1e-8")
-    )
+    tail = 1 - at_most(1, 43_290, Decimal(float(p)))
+    assert tail == pytest.approx(Decimal("0.999"), rel=Decimal("1e-8"))
 
 
 @given(st.integers(2, 2_000_000), st.floats(0, 1), st.floats(1e-6, 0.4), st.integers(1, 1000))
-def test_lower_is_monotone_in_each_argument(n, share, alpha, step):
-    k = int(share * (n - 1))
+def test_lower_is_monotone_in_each_argument(n, part, alpha, step):
+    k = int(part * (n - 1))
     here = clopper_pearson_lower(k, n, alpha)
     assert clopper_pearson_lower(k + 1, n, alpha) > here
     assert here <= k / n <= clopper_pearson_upper(k, n, alpha)
@@ -273,13 +249,15 @@ def test_arrays_broadcast_and_agree_with_scalars():
 
 
 def test_repeated_counts_are_each_given_their_own_bound():
-    """Equal pairs are solved once, whether n is one number or differs: shuffled repeats agree with one call a value."""
+    """Equal pairs are solved once, whether n is one number or differs.
+
+    Shuffled repeats agree with one call per value.
+    """
     rng = np.random.default_rng(0)
     k, n = rng.integers(0, 20, (40, 5)), rng.integers(20, 23, (40, 5))
     for draws in (n, np.full_like(n, 20)):
-        expected = [
-            clopper_pearson_lower(a, b, 0.01) for a, b in zip(k.flat, draws.flat, strict=True)
-        ]
+        pairs = zip(k.flat, draws.flat, strict=True)
+        expected = [clopper_pearson_lower(a, b, 0.01) for a, b in pairs]
         np.testing.assert_array_equal(clopper_pearson_lower(k, draws, 0.01).ravel(), expected)
 
 
@@ -352,15 +330,12 @@ def beta_tail(a, b, x):
 
 
 def test_lower_covers():
-    """The guarantee itself, exactly: at every p, the share of k whose bound lies above p is at most alpha."""
+    """The guarantee itself, exactly: at every p, P(bound > p) is at most alpha."""
     for n, alpha in ((10, 0.05), (100, 0.001), (1000, 0.01)):
         bound = clopper_pearson_lower(np.arange(n + 1), n, alpha)
         # The rate jumps where p passes a bound: just below each bound is where it is largest.
         for p in np.concatenate([bound[1:] * (1 - 1e-9), np.linspace(0, 1, 101)]):
             assert binom.pmf(np.arange(n + 1), n, p)[bound > p].sum() <= alpha * (1 + 1e-9)
-
-
-# ------------------------------------------------------------------ the top-class test
 
 
 def test_top_class_pvalue_by_hand():
@@ -384,14 +359,13 @@ def test_top_class_pvalue_in_exact_arithmetic(n_a, n_b):
     assert top_class_pvalue(n_a, n_b) == pytest.approx(float(min(2 * tail, Fraction(1))), rel=1e-12)
 
 
-# ------------------------------------------------------------------ theorem 5
-
-
 def test_certified_accuracy_lower_by_hand():
-    """m = 500, y = 400, alpha = rho = .001: (.8 - .001 - sqrt(.002 * .999 * log(1000) / 500) - log(1000) / 1500) / .999 = .78992."""
-    assert certified_accuracy_lower(400, 500, 0.001, 0.001) == pytest.approx(
-        (0.8 - 0.001 - 0.00525386 - 0.00460517) / 0.999, abs=1e-7
-    )
+    """m = 500, y = 400, alpha = rho = .001 give .78992.
+
+    (.8 - .001 - sqrt(.002 * .999 * log(1000) / 500) - log(1000) / 1500) / .999.
+    """
+    by_hand = (0.8 - 0.001 - 0.00525386 - 0.00460517) / 0.999
+    assert certified_accuracy_lower(400, 500, 0.001, 0.001) == pytest.approx(by_hand, abs=1e-7)
     values = certified_accuracy_lower(np.arange(501), 500, 0.001, 0.001)
     assert values[0] == 0
     assert (np.diff(values) >= 0).all()
@@ -401,7 +375,10 @@ def test_certified_accuracy_lower_by_hand():
 @pytest.mark.parametrize(("m", "good"), [(50, 0), (500, 250), (500, 0), (10_000, 7000)])
 @pytest.mark.parametrize(("alpha", "rho"), [(0.001, 0.1), (0.05, 0.05), (0.5, 0.2)])
 def test_theorem_5_holds_at_its_worst_case(m, good, alpha, rho):
-    """Truly certified examples always count, all others with probability alpha: the bound exceeds the truth in at most rho of the runs."""
+    """The bound exceeds the truth in at most rho of the runs.
+
+    The worst case: truly certified examples always count, all others with probability alpha.
+    """
     runs = 40_000
     y = good + np.random.default_rng(0).binomial(m - good, alpha, size=runs)
     wrong = int((certified_accuracy_lower(y, m, alpha, rho) > good / m).sum())
@@ -409,5 +386,8 @@ def test_theorem_5_holds_at_its_worst_case(m, good, alpha, rho):
 
 
 def test_theorem_5_is_not_vacuous():
-    """At 10,000 examples and alpha = rho = .001 it costs less than a third of a percent; a bound of 0 would pass the test above."""
+    """At 10,000 examples and alpha = rho = .001 it costs less than a third of a percent.
+
+    A bound of 0 would pass the test above.
+    """
     assert certified_accuracy_lower(7000, 10_000, 0.001, 0.001) > 0.7 - 0.0033

@@ -1,4 +1,4 @@
-"""PREDICT and CERTIFY: the paper's pseudo-code step by step, examples by hand, and the audit of what they promise."""
+"""PREDICT and CERTIFY, against the paper's pseudo-code, by hand, and audited."""
 
 from fractions import Fraction
 
@@ -28,11 +28,11 @@ class Scripted:
         return self.answers.pop(0)
 
 
-# ------------------------------------------------------------------ CERTIFY
-
-
 def test_certify_by_hand():
-    """All of 100,000 votes: 3.811 sigma. 99,000: statsmodels' interval. 50,100: abstain. The class comes from the first draw alone."""
+    """All of 100,000 votes: 3.811 sigma. 99,000: statsmodels' interval. 50,100: abstain.
+
+    The class comes from the first draw alone.
+    """
     source = Scripted(
         [[60, 40], [40, 60], [55, 45], [99, 1]],
         [[100_000, 0], [1000, 99_000], [50_100, 49_900], [100, 99_900]],
@@ -56,7 +56,7 @@ def test_certify_by_hand():
 
 
 def test_certify_follows_the_pseudo_code():
-    """Section 3.2.2 of the paper with scipy's and statsmodels' own functions, vote by vote, on 500 examples."""
+    """Section 3.2.2 with scipy's and statsmodels' own functions, on 500 examples."""
     rng = np.random.default_rng(0)
     first, second = (rng.multinomial(m, rng.dirichlet([1, 0.2, 0.2], 500)) for m in (20, 200))
     found = certify(Scripted(first, second), Gaussian(0.25), n0=20, n=200, alpha=0.01)
@@ -120,7 +120,10 @@ def test_certify_with_the_class_given():
 
 
 def test_a_bound_of_one_half_abstains():
-    """One draw at alpha = 1/2: the bound is 1/2, less its rounding, and certifies nothing; a little above, it does. Exactly 1/2 does not, either."""
+    """One draw at alpha = 1/2: the bound is 1/2, less its rounding, and certifies nothing.
+
+    At a slightly larger alpha it does. A bound of exactly 1/2 does not, either.
+    """
     assert (
         certify(Scripted([[1, 0]], [[1, 0]]), Gaussian(1.0), n0=1, n=1, alpha=0.5).prediction
         == ABSTAIN
@@ -148,7 +151,7 @@ def test_certificates_as_a_table():
 
 @pytest.mark.parametrize(("probabilities", "alpha"), certify_cases())
 def test_certify_keeps_its_promise(probabilities, alpha):
-    """False certificates are no more frequent than alpha, and as frequent as the exact sum over all votes says."""
+    """False certificates are no more frequent than alpha, and as frequent as computed."""
     row = audit(run_certify, probabilities, alpha)
     exact = exact_rate(probabilities[0], alpha)
     assert row["p-value"] > 1e-4
@@ -157,7 +160,10 @@ def test_certify_keeps_its_promise(probabilities, alpha):
 
 
 def test_the_audit_sees_a_broken_sampler():
-    """Bounding the probability by the very draws that chose the class, the mistake that CERTIFY avoids, is found out."""
+    """The audit finds the mistake that CERTIFY avoids.
+
+    Here the probability is bounded by the very draws that chose the class.
+    """
 
     def reuse(counts, alpha):
         votes = counts.draw(1000)
@@ -166,9 +172,6 @@ def test_the_audit_sees_a_broken_sampler():
     row = audit(reuse, [0.5, 0.5], 0.01)
     assert row["false / alpha"] > 1.5
     assert row["p-value"] < 1e-10
-
-
-# ------------------------------------------------------------------ PREDICT
 
 
 def test_predict_by_hand():
@@ -207,5 +210,8 @@ def test_predict_keeps_its_promise(probabilities, alpha):
 
 
 def test_predict_is_wrong_about_half_alpha_at_a_tie():
-    """Two classes at 1/2: the two-sided test errs on either side equally, so the rate is alpha / 2 less what the steps of the tail cost."""
+    """At a tie the two-sided test errs on either side equally.
+
+    The rate is therefore alpha / 2, less what the steps of the tail cost.
+    """
     assert 0.3 < audit(run_predict, [0.5 + 1e-9, 0.5 - 1e-9], 0.05)["false / alpha"] < 0.55

@@ -1,4 +1,7 @@
-"""The published checkpoints of the field load, safely, into the network that was saved; each wrong file says what is wrong with it."""
+"""Published checkpoints load, safely, into the network that was saved.
+
+Each wrong file says what is wrong with it.
+"""
 
 import functools
 import io
@@ -16,7 +19,10 @@ CIFAR = INFO["cifar10"]
 
 
 class NormalizeLayer(nn.Module):
-    """The first layer of the published networks, in the form that keeps its constants in the file; written from its description."""
+    """The first layer of the published networks, with its constants in the file.
+
+    Written from its description.
+    """
 
     def __init__(self, means, sds, stored=True):
         super().__init__()
@@ -74,8 +80,8 @@ STORED, FIXED = (
         ),
     ],
 )
-def test_the_fields_format(tmp_path, layer, wrap, prefix):
-    """dict(arch, epoch, state_dict) under each of the prefixes that Sequential and DataParallel give."""
+def test_the_format_of_cohens_code(tmp_path, layer, wrap, prefix):
+    """dict(arch, epoch, state_dict) under each prefix that Sequential and DataParallel give."""
     source = wrap(layer, network())
     assert sum(name.startswith(f"{prefix}conv1") for name in source.state_dict()) == 1
     path = save(
@@ -92,8 +98,11 @@ def test_the_fields_format(tmp_path, layer, wrap, prefix):
     }
 
 
-def test_the_fields_format_of_old_torch_with_an_optimizer(tmp_path):
-    """Files of torch before 1.6 are no zip archives; training scripts store the optimizer's state in them, too."""
+def test_the_format_of_cohens_code_of_old_torch_with_an_optimizer(tmp_path):
+    """Files of torch before 1.6 are no zip archives.
+
+    Training scripts also store the optimizer's state in them.
+    """
     source = nn.Sequential(FIXED, nn.DataParallel(network()))
     optimizer = torch.optim.SGD(source.parameters(), lr=0.1, momentum=0.9)
     content = {
@@ -123,7 +132,10 @@ def test_older_still_without_the_batch_counters(tmp_path):
 
 @pytest.mark.parametrize("parallel", [True, False])
 def test_macers_format(tmp_path, parallel):
-    """dict(net): no normalisation layer, the network sees images in [0, 1]. The file does not name its architecture."""
+    """dict(net): there is no normalisation layer, the network sees images in [0, 1].
+
+    The file does not name its architecture.
+    """
     source = network()
     path = save(
         tmp_path / "440.pth",
@@ -144,7 +156,10 @@ def test_macers_format(tmp_path, parallel):
 
 
 def test_torchvisions_format(tmp_path, caplog):
-    """A plain state dict: torchvision's weights, which expect ImageNet's normalisation in front. It is put there, and said."""
+    """A plain state dict of torchvision's, whose weights expect ImageNet's normalisation.
+
+    It is put in front, and the log says so.
+    """
     caplog.set_level("INFO")
     net = network("resnet18", "imagenet")
     found, header = load_checkpoint(
@@ -201,7 +216,7 @@ def test_a_plain_dict_of_our_own_network(tmp_path):
 
 
 class Exploit:
-    """Runs a program when unpickled: what a published file could do to whoever loads it carelessly."""
+    """Runs a program when unpickled, as a published file could."""
 
     def __reduce__(self):
         return (exec, ("raise SystemExit('code in the file was run')",))
@@ -279,7 +294,7 @@ def test_wrong_files(tmp_path, name):
 
 @pytest.mark.parametrize("ours", [True, False])
 def test_a_flipped_bit_is_a_value_error_or_one_weight(tmp_path, ours):
-    """Wherever a published file or one of ours is damaged, nothing but ValueError comes out of reading it."""
+    """Wherever a published file or one of ours is damaged, reading it gives a ValueError."""
     path = tmp_path / "c"
     save_checkpoint(path, build("mlp", "digits"), {"architecture": "mlp", "data": "digits"})
     if not ours:

@@ -1,4 +1,4 @@
-"""Data sets as tensors in [0, 1]: the digits that ship with scikit-learn, and the files that the others come in, made here by hand."""
+"""Data sets as tensors in [0, 1], from files made here by hand."""
 
 import gzip
 import hashlib
@@ -20,7 +20,10 @@ RNG = np.random.default_rng(0)
 
 
 def test_digits_are_split_once_and_for_all():
-    """1,437 and 360 images that together are scikit-learn's 1,797, none in both, every class in each."""
+    """1,437 and 360 images that together are scikit-learn's 1,797.
+
+    None is in both, and every class is in each.
+    """
     (train, train_labels), (test, test_labels) = load("digits", "train"), load("digits", "test")
     assert (len(train), len(test)) == (1437, 360)
     rows = torch.cat([train, test]).reshape(1797, 64).numpy()
@@ -52,9 +55,6 @@ def test_the_constants_of_the_digits_are_those_of_the_training_images():
     assert images.std() == pytest.approx(INFO["digits"].std[0], abs=5e-4)
 
 
-# ------------------------------------------------------------------ files
-
-
 def idx(array):
     """Bytes of an IDX file of unsigned bytes: magic number, sizes, data."""
     return (
@@ -66,13 +66,12 @@ def idx(array):
 
 
 def write_mnist(folder, images, labels, part="t10k", zipped=True):
-    for name, array in (
-        (f"{part}-images-idx3-ubyte", images),
-        (f"{part}-labels-idx1-ubyte", labels),
-    ):
-        (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array))) if zipped else (
-            folder / name
-        ).write_bytes(idx(array))
+    arrays = {f"{part}-images-idx3-ubyte": images, f"{part}-labels-idx1-ubyte": labels}
+    for name, array in arrays.items():
+        if zipped:
+            (folder / f"{name}.gz").write_bytes(gzip.compress(idx(array)))
+        else:
+            (folder / name).write_bytes(idx(array))
 
 
 @pytest.mark.parametrize("zipped", [True, False])
@@ -185,14 +184,15 @@ def test_data_that_is_not_there_says_where_it_belongs(tmp_path):
 
 
 def pickled(folder, images, labels, name="test_batch"):
-    """A batch of the Python version of CIFAR-10, as Python 2 wrote it: protocol 2, byte strings for names."""
+    """A batch of the Python version of CIFAR-10, as Python 2 wrote it: protocol 2."""
     folder.mkdir(exist_ok=True)
     batch = {
         b"data": images.reshape(len(images), -1),
         b"labels": labels.tolist(),
         b"batch_label": b"testing batch 1 of 1",
     }
-    # Python 3 writes the bytes b"data" as a call of _codecs.encode; Python 2 wrote a plain string, which latin1 turns into str.
+    # Python 3 writes the bytes b"data" as a call of _codecs.encode; Python 2 wrote a plain string,
+    # which latin1 turns into str.
     text = pickle.dumps({key.decode(): value for key, value in batch.items()}, protocol=2)
     (folder / name).write_bytes(text)
 
@@ -224,14 +224,11 @@ def test_a_batch_that_would_run_code_is_refused(tmp_path):
     (tmp_path / "test_batch").write_bytes(
         pickle.dumps({"data": Exploit(), "labels": [0]}, protocol=2)
     )
-    with pytest.raises(
-        ValueError,
-        match=r"test_batch is damaged or no batch of CIFAR-10: .*exec is neither an array nor a number",
-    ):
+    message = (
+        "test_batch is damaged or no batch of CIFAR-10: .*exec is neither an array nor a number"
+    )
+    with pytest.raises(ValueError, match=message):
         load("cifar10", "test", path=tmp_path)
-
-
-# ------------------------------------------------------------------ downloads
 
 
 @pytest.fixture
@@ -256,7 +253,10 @@ def server(tmp_path):
 
 
 def published(monkeypatch, folder, address, name="mnist"):
-    """Make lib.data take the files of a data set from `address`, with the checksums of those in `folder`."""
+    """Make lib.data take the files of a data set from `address`.
+
+    Their checksums are those of the files in `folder`.
+    """
     for file in IDX["test"]:
         checksum = hashlib.md5((folder / file).read_bytes()).hexdigest()
         monkeypatch.setitem(data.DOWNLOADS, (name, file), (address, f"md5:{checksum}"))
@@ -276,9 +276,8 @@ def test_a_download_is_checked_and_kept(server, tmp_path, monkeypatch):
     assert targets.tolist() == labels.tolist()
     for file in folder.iterdir():
         file.unlink()
-    assert torch.equal(
-        load("mnist", "test")[0], found
-    )  # from the disk: the server has nothing any more
+    # From the disk: the server has nothing any more.
+    assert torch.equal(load("mnist", "test")[0], found)
 
 
 def test_offline_or_with_another_checksum_it_says_which_file_and_where_from(
@@ -288,22 +287,23 @@ def test_offline_or_with_another_checksum_it_says_which_file_and_where_from(
     write_mnist(folder, np.zeros((5, 28, 28), dtype=np.uint8), np.zeros(5, dtype=np.uint8))
     published(monkeypatch, folder, address)
     write_mnist(folder, np.ones((5, 28, 28), dtype=np.uint8), np.zeros(5, dtype=np.uint8))
-    told = rf"{tmp_path}/mnist/t10k-images-idx3-ubyte.gz is missing .*{address}t10k-images-idx3-ubyte.gz \({{}}\): fetch it by hand and put it into"
-    with pytest.raises(FileNotFoundError, match=told.format("what came has another checksum")):
+    file = "t10k-images-idx3-ubyte.gz"
+    message = (
+        rf"{tmp_path}/mnist/{file} is missing .*{address}{file} \({{}}\): "
+        "fetch it by hand and put it into"
+    )
+    with pytest.raises(FileNotFoundError, match=message.format("what came has another checksum")):
         load("mnist", "test", root=tmp_path)
     assert not list((tmp_path / "mnist").iterdir())
-    published(
-        monkeypatch, folder, "http://127.0.0.1:9/"
-    )  # nothing listens on the port of "discard"
-    with pytest.raises(
-        FileNotFoundError,
-        match=told.format("ConnectionError").replace(address, "http://127.0.0.1:9/"),
-    ):
+    closed = "http://127.0.0.1:9/"  # nothing listens on the port of "discard"
+    published(monkeypatch, folder, closed)
+    message = message.format("ConnectionError").replace(address, closed)
+    with pytest.raises(FileNotFoundError, match=message):
         load("mnist", "test", root=tmp_path)
 
 
 def test_the_addresses_are_complete():
-    """Each file of each data set that is downloaded has an https or http address that ends in / and an MD5 checksum."""
+    """Each file that is downloaded has an address that ends in / and an MD5 checksum."""
     assert {name for name, _ in data.DOWNLOADS} == {"mnist", "fashion", "cifar10"}
     for name in ("mnist", "fashion"):
         assert {file for known, file in data.DOWNLOADS if known == name} == set(
@@ -315,11 +315,11 @@ def test_the_addresses_are_complete():
         assert len(bytes.fromhex(checksum.removeprefix("md5:"))) == 16
 
 
-# ------------------------------------------------------------------ ImageNet
+def test_imagenet_is_read_as_cohens_code_reads_it(tmp_path):
+    """Labels by the sorted names of the folders; shorter side to 256, centre 224x224.
 
-
-def test_imagenet_is_read_as_the_field_reads_it(tmp_path):
-    """Labels by the sorted names of the folders; shorter side to 256, centre 224x224; only what is indexed is read."""
+    Only what is indexed is read.
+    """
     sizes = {"n02": [(300, 400), (256, 256)], "n01": [(500, 280)], "n10": [(224, 224)]}
     pictures = {}
     for wnid, shapes in sizes.items():

@@ -1,4 +1,4 @@
-"""Input-specific sampling: the decline, the map, both propositions, and what each way to spend the draws guarantees."""
+"""Input-specific sampling: the decline, the map, both propositions, and the guarantees."""
 
 import pathlib
 
@@ -29,14 +29,11 @@ SETTINGS = [("absolute", 0.05), ("absolute", 0.10), ("relative", 0.01), ("relati
 sizes = st.sampled_from([10, 100, 1000, 10_000, 100_000, 500_000])
 levels = st.sampled_from([0.0001, 0.001, 0.01, 0.05, 0.3])
 sigmas = st.sampled_from([0.12, 0.25, 0.5, 1.0])
-shares = st.floats(0.01, 0.5)
+fractions = st.floats(0.01, 0.5)
 # Probabilities crowd near 1, where a well-trained smoothed classifier has them.
 probabilities = st.one_of(
     st.floats(0.5, 1.0), st.floats(1.5, 7.0).map(lambda digits: 1 - 10**-digits), st.just(1.0)
 )
-
-
-# ------------------------------------------------------------------ the decline
 
 
 def test_decline_is_definition_1_and_2_by_scipys_beta_quantile():
@@ -64,7 +61,10 @@ def test_decline_at_its_ends():
 )
 @settings(max_examples=60, deadline=None, derandomize=True)
 def test_decline_falls_with_every_draw(p, alpha, start):
-    """What the bisection rests on: the bound of p k hits in k draws rises with k, at every whole k (1e-12: rounding of the bound)."""
+    """The bound of p k hits in k draws rises with every whole k, as the bisection assumes.
+
+    1e-12 is the rounding of the bound.
+    """
     k = np.unique(
         np.r_[
             np.arange(1, 400),
@@ -76,11 +76,11 @@ def test_decline_falls_with_every_draw(p, alpha, start):
     assert (np.diff(bound) >= -1e-12).all()
 
 
-# ------------------------------------------------------------------ the map
-
-
 def test_map_gives_the_numbers_of_figure_3():
-    """Chen et al. 2022, figure 3: AD(k; 100,000, p) <= .0042 at sigma .5 takes about 35,000 draws at p = .51 and 65,000 at .99."""
+    """Chen et al. 2022, figure 3: AD(k; 100,000, p) <= .0042 at sigma .5.
+
+    It takes about 35,000 draws at p = .51 and 65,000 at .99.
+    """
     for step in (0.001, None):
         low, high = sample_size_map(100_000, 0.0042, "absolute", NOISE, ALPHA, step).psi(
             [0.51, 0.99]
@@ -124,10 +124,15 @@ def test_absolute_psi_rises_with_p(n_max, alpha, sigma, limit, p):
     ).all()
 
 
-@given(n_max=sizes, alpha=levels, limit=shares, p=st.lists(probabilities, min_size=2, max_size=40))
+@given(
+    n_max=sizes, alpha=levels, limit=fractions, p=st.lists(probabilities, min_size=2, max_size=40)
+)
 @settings(max_examples=80, deadline=None, derandomize=True)
 def test_relative_psi_falls_then_rises_above_its_jump(n_max, alpha, limit, p):
-    """Quasi-convex on the p's whose n_max draws certify anything: the largest value over an interval is at an end of it."""
+    """psi is quasi-convex on the p's whose n_max draws certify anything.
+
+    The largest value over an interval is therefore at an end of it.
+    """
     p = np.sort(np.r_[p, np.linspace(0, 1, 301)])
     psi = sample_size_map(n_max, limit, "relative", NOISE, alpha, None).psi(p)
     psi = psi[psi > 0]
@@ -151,7 +156,8 @@ def test_proposition_1_the_decline_is_within_its_limit_on_the_whole_interval(
     found = sample_size_map(n_max, limit, kind, NOISE, alpha, step)
     p = np.linspace(min(ends), max(ends), 60)
     if kind == "relative":
-        # RD's exception, below: the interval, with the cells of the grid at its ends, must lie above the jump.
+        # RD's exception, below: the interval, with the grid's cells at its ends, must lie above the
+        # jump.
         low = (
             p[0]
             if step is None
@@ -185,7 +191,10 @@ def test_proposition_2_holds_on_the_grid_points_of_equation_6():
 
 
 def test_the_exception_of_the_relative_decline():
-    """Where the interval spans the p from which n_max draws certify at all, both ends ask for less than the p just above it."""
+    """An interval may contain the p from which n_max draws certify anything.
+
+    Both ends then ask for fewer draws than the p just above it.
+    """
     found = sample_size_map(100_000, 0.05, "relative", NOISE, ALPHA, None)
     assert found(0.49, 0.52) < found.psi(0.505) > 95_000
     assert decline(found(0.49, 0.52), 100_000, 0.505, NOISE, ALPHA, "relative") > 0.05
@@ -241,9 +250,6 @@ def test_certificates_of_several_sigmas_are_those_of_each():
         certify_iss(RecordedCounts(votes), Gaussian(sigmas[::-1]), 100, 2000, sizes, 0.01)
 
 
-# ------------------------------------------------------------------ certification
-
-
 @given(
     n_max=st.sampled_from([10, 500, 20_000]),
     part=st.floats(0, 1),
@@ -255,7 +261,10 @@ def test_certificates_of_several_sigmas_are_those_of_each():
 )
 @settings(max_examples=120, deadline=None, derandomize=True)
 def test_certificates_are_well_formed_for_every_n0(n_max, part, case, step, reuse, known, seed):
-    """No NaN, nothing negative, no certificate without reuse, and no more draws than promised, for n0 from 1 to n_max."""
+    """No NaN, nothing negative, no certificate without draws, no more draws than promised.
+
+    For n0 from 1 to n_max.
+    """
     n0 = 1 + round(part * (n_max - 1))
     p = np.r_[0.0, 0.2, 0.49, 0.5, 0.51, 0.53, 0.6, 0.8, 0.95, 0.999, 1.0]
     source = SimulatedCounts(np.stack([p, (1 - p) / 2, (1 - p) / 2], axis=1), seed=seed)
@@ -284,7 +293,7 @@ def test_certificates_are_well_formed_for_every_n0(n_max, part, case, step, reus
 
 
 def test_draws_and_bounds_of_a_unanimous_vote():
-    """All hits, by hand: p_up = 1, k_hat = psi(1), and the bound is alpha^(1/draws of the bound)."""
+    """All hits: p_up = 1, k_hat = psi(1), and the bound is alpha^(1/draws of the bound)."""
     found = sample_size_map(1000, 0.1, "absolute", NOISE, ALPHA)
     k_hat = int(found.psi(1.0))
     for n0, reuse, spent, used in [
@@ -318,14 +327,13 @@ def test_draws_of_any_whole_type_are_added_up_in_64_bits(dtype):
     found = sample_size_map(dtype(120), 0.2, "absolute", NOISE, np.float32(0.05))
     expected = sample_size_map(120, 0.2, "absolute", NOISE, float(np.float32(0.05)))
     np.testing.assert_array_equal(found.sizes, expected.sizes)
-    for draws in ("fresh", "reused"):
+    for reuse in (False, True):
         source = RecordedCounts([[1000, 0], [0, 1000]])
-        got = certify_iss(source, NOISE, dtype(110), dtype(120), found, np.float32(0.05), draws)
+        got = certify_iss(source, NOISE, dtype(110), dtype(120), found, np.float32(0.05), reuse)
         np.testing.assert_array_equal(got.n, 1000 - source.remaining.sum(axis=1))
         assert (got.n >= 110).all()
-        assert failure_rate(0.7, dtype(110), found, draws) == failure_rate(
-            0.7, 110, expected, draws
-        )
+        exact = failure_rate(0.7, 110, expected, reuse)
+        assert failure_rate(0.7, dtype(110), found, reuse) == exact
 
 
 def test_an_interval_below_one_half_abstains_after_n0_draws():
@@ -342,8 +350,6 @@ def test_a_given_class_is_the_one_certified():
     )
     assert got.prediction.tolist() == [0, ABSTAIN]
 
-
-# ------------------------------------------------------------------ the guarantee
 
 RUNS = 20_000
 SMALL = {"n_max": 2000, "n0": 50, "alpha": 0.02}
@@ -377,7 +383,11 @@ def test_the_exact_failure_rate_of_reused_draws_is_what_simulation_gives(p):
 @pytest.mark.parametrize("sigma", [0.25, 0.5, 1.0])
 @pytest.mark.parametrize(("kind", "limit"), SETTINGS)
 def test_audited_rates(sigma, kind, limit):
-    """At the paper's sizes, exactly: fresh never above alpha; reused up to 1.8 alpha at a tie, 1.05 with the class given; as documented."""
+    """At the paper's sizes, exactly: fresh draws never err with more than alpha.
+
+    Reused draws err with up to 1.8 alpha at a tie, and 1.05 alpha with the class given, as
+    certify_iss says.
+    """
     found = sample_size_map(100_000, limit, kind, Gaussian(sigma), ALPHA)
     p = [0.5, 0.501, 0.51, 0.545, 0.563, 0.587, 0.61, 0.64, 0.9, 0.997, 0.999]
     worst = {
@@ -388,7 +398,8 @@ def test_audited_rates(sigma, kind, limit):
     assert worst[False, True] <= 1
     assert worst[False, False] <= 1
     assert worst[True, False] <= 1.05
-    # At a tie: what the docstring of certify_iss says. For AD only limit / sigma matters, for RD not even sigma.
+    # At a tie: what the docstring of certify_iss says. For AD only limit / sigma matters, for RD
+    # not even sigma.
     documented = (
         {0.05: 1.84, 0.10: 1.80, 0.20: 1.73, 0.40: 0.0}[limit / sigma]
         if kind == "absolute"
@@ -421,9 +432,6 @@ def test_failure_rate_by_enumerating_every_outcome(reuse):
     assert failure_rate(p, n0, found, reuse) == pytest.approx(total, abs=1e-12)
 
 
-# ------------------------------------------------------------------ what the paper reports
-
-
 def test_metrics_of_draws_and_decline():
     before = Certificates(
         np.array([0, 1, 2]),
@@ -451,7 +459,10 @@ def test_metrics_of_draws_and_decline():
 
 @pytest.mark.parametrize(("step", "expected"), [(0.001, 34_313), (None, 32_363)])
 def test_replay_of_a_published_imagenet_log(step, expected):
-    """AD-10-0.05 at sigma .5 (Chen et al. 2022, table 1: 32,992 draws, ACR .794); the draws by independent code, .6% a replay."""
+    """AD-10-0.05 at sigma .5: Chen et al. 2022, table 1, has 32,992 draws and ACR .794.
+
+    The expected draws are by independent code; a replay varies by .6%.
+    """
     log = counts_from_log(
         read_log(RECORDS / "imagenet-resnet50-consistency-sigma0.50.tsv"), NOISE, 100_000, ALPHA
     )
@@ -469,9 +480,6 @@ def test_replay_of_a_published_imagenet_log(step, expected):
         > average_certified_radius(ias, log.labels) + 0.015
     )
     assert (iss.prediction[log.abstained] == ABSTAIN).all()
-
-
-# ------------------------------------------------------------------ bad input
 
 
 @pytest.mark.parametrize(

@@ -202,8 +202,8 @@ def test_radii_at_three_digits_give_a_count_that_prints_the_same():
     taken = found.counts[:, 0]
     np.testing.assert_array_equal(printed(radii(taken)), shown)
     assert (np.abs(taken - k) < found.candidates).all()
-    # How many counts share a print, one by one: where the radius is 1.x, hundreds; of the largest
-    # radius, the last few.
+    # How many counts have the same print, one by one: where the radius is 1.x, hundreds; of the
+    # largest radius, the last few.
     prints = printed(radii(np.arange(N // 2, N + 1)))
     np.testing.assert_array_equal(found.candidates, [(prints == p).sum() for p in shown])
     assert found.candidates.max() > 50

@@ -52,7 +52,7 @@ def test_envelope_by_hand():
 
 @given(some_certificates)
 def test_average_radius_is_the_area_under_the_certified_accuracy(rows):
-    """Two routes to one number: the mean radius, and the step function integrated between its steps."""
+    """The mean radius is the area under the certified accuracy, integrated step by step."""
     prediction, radius, labels = (np.array(column) for column in zip(*rows, strict=True))
     found = certificates(prediction, np.where(prediction < 0, 0.0, radius))
     steps = np.unique(np.append(found.radius, 0.0))

@@ -1,4 +1,4 @@
-"""The networks: normalisation inside, sizes as published, and checkpoints that come back as they went."""
+"""The networks: normalisation inside, sizes as published, checkpoints that come back."""
 
 import json
 
@@ -37,7 +37,10 @@ def test_normalize_by_hand():
     ],
 )
 def test_sizes(architecture, data, parameters):
-    """Counted by hand where layers are few; the ResNets have as many parameters as the field's published checkpoints."""
+    """Counted by hand where layers are few.
+
+    The ResNets have as many parameters as the published checkpoints of Cohen et al.
+    """
     model = build(architecture, data).eval()
     assert sum(p.numel() for p in model.parameters()) == parameters
     if architecture != "cifar_resnet110":
@@ -46,7 +49,10 @@ def test_sizes(architecture, data, parameters):
 
 
 def test_normalisation_is_the_first_layer():
-    """So that noise is added to images in [0, 1]: the network sees (x - mean) / std with the data set's constants."""
+    """The network sees (x - mean) / std with the data set's constants.
+
+    Noise is thus added to images in [0, 1].
+    """
     model, x = digits_cnn(), torch.rand(2, 1, 8, 8)
     assert isinstance(model[0], Normalize)
     torch.testing.assert_close(
@@ -89,7 +95,10 @@ def test_the_hash_tells_networks_apart():
 
 
 def test_a_checkpoint_of_another_network_is_refused(tmp_path):
-    """A header that names another architecture, when it is written and when it is read: missing and misshapen weights are listed."""
+    """A header that names another architecture is refused, when written and when read.
+
+    Missing and misshapen weights are listed.
+    """
     header = HEADER | {"architecture": "mlp"}
     with pytest.raises(ValueError, match="model does not fit its architecture"):
         save_checkpoint(tmp_path / "m.safetensors", digits_cnn(), header)

@@ -1,5 +1,9 @@
-"""Gaussian noise and its radius, and Cohen's bound beside the two older ones, against closed forms, naive formulas and scipy's optimiser."""
+"""Gaussian noise and its radius, and Cohen's bound beside the two older ones.
 
+Against closed forms, naive formulas and scipy's optimiser.
+"""
+
+import mpmath
 import numpy as np
 import pytest
 import torch
@@ -32,11 +36,11 @@ def some_pairs(count=300):
     return np.append(p_a, 1 - far), np.append(p_b, far * rng.uniform(0, 1, len(far)))
 
 
-# ------------------------------------------------------------------ the Gaussian and its radius
-
-
 def test_radius_by_hand():
-    """sigma Phi^-1(p), with Phi^-1(.99) = 2.3263479 from a printed table; at or below 1/2 nothing is certified; at 1 everything."""
+    """sigma Phi^-1(p), with Phi^-1(.99) = 2.3263479 from a printed table.
+
+    At or below 1/2 nothing is certified, at 1 everything.
+    """
     np.testing.assert_allclose(
         Gaussian(0.5).radius([0.99, 0.5, 0.3, 0.0, 1.0]), [1.16317394, 0, 0, 0, np.inf], rtol=1e-8
     )
@@ -46,14 +50,20 @@ def test_radius_by_hand():
 
 
 def test_the_largest_radius_of_the_papers_setting():
-    """n = 100,000, alpha = .001, all votes for one class: 3.811 sigma, by the normal quantile of .001^(1/100,000)."""
+    """n = 100,000, alpha = .001, all votes for one class: 3.811 sigma.
+
+    By the normal quantile of .001^(1/100,000).
+    """
     assert Gaussian(1.0).radius(0.001**1e-5) == pytest.approx(norm.ppf(0.001**1e-5), rel=1e-12)
     assert Gaussian(1.0).radius(0.001**1e-5) == pytest.approx(3.8115, abs=5e-5)
 
 
 @given(st.floats(0, 5), sigmas)
 def test_radius_and_probability_are_inverse(z, sigma):
-    """Both ways round. Near 1 a double holds p to 1e-16, and z moves by 1e-16 / phi(z): 1e-10 at z = 5."""
+    """Both ways round, to the precision of a double.
+
+    Near 1 it holds p to 1e-16, and z moves by 1e-16 / phi(z): 1e-10 at z = 5.
+    """
     noise = Gaussian(sigma)
     assert noise.radius(noise.probability(sigma * z)) == pytest.approx(
         sigma * z, rel=1e-9, abs=1e-9
@@ -102,7 +112,10 @@ def generators(seed):
 
 @pytest.mark.parametrize("kind", [0, 1], ids=["torch", "numpy"])
 def test_samples_are_independent_normal_draws_around_the_image(kind):
-    """Mean, spread and shape (Kolmogorov-Smirnov over 320,000 pixels), no correlation between pixels, images or calls."""
+    """Mean, spread, shape and tails of 320,000 pixels are normal.
+
+    There is no correlation between pixels, images or calls.
+    """
     x = torch.rand(5000, 1, 8, 8, generator=torch.Generator().manual_seed(9))
     generator = generators(1)[kind]
     first, second = (
@@ -143,9 +156,6 @@ def test_samples_at_one_sigma_per_example():
     np.testing.assert_allclose(noise.std(axis=(1, 2, 3)), sigma, rtol=4.5 / np.sqrt(2 * 1600))
 
 
-# ------------------------------------------------------------------ Cohen's radius of two probabilities
-
-
 def test_cohen_radius_by_hand():
     """sigma / 2 (Phi^-1(p_a) - Phi^-1(p_b)); at p_b = 1 - p_a it is the one-sided radius."""
     assert cohen_radius(0.8, 0.1, 0.5) == pytest.approx(
@@ -173,28 +183,47 @@ def test_cohen_radius_at_the_edges(p_a, p_b, expected):
     assert cohen_radius(p_a, p_b, 0.5) == expected
 
 
+def test_cohen_radius_of_close_probabilities():
+    """Against 50-digit quantiles; the difference of two in double precision may even be 0."""
+    for p_b in (1e-300, 2.0**-52, 0.01, 0.4999):
+        for gap in (2.0**-52, 1e-12, 9e-7, 1.1e-6, 1e-4):
+            p_a = p_b * (1 + gap)
+            with mpmath.workdps(50):
+                exact = (quantile(p_a) - quantile(p_b)) / 2
+            assert cohen_radius(p_a, p_b, 1.0) == pytest.approx(float(exact), rel=1e-7)
+
+
+def quantile(p):
+    """Phi^-1(p) of a double by Newton's method from scipy's value."""
+    z, p = mpmath.mpf(float(norm.ppf(p))), mpmath.mpf(float(p))
+    for _ in range(4):
+        z -= (mpmath.ncdf(z) - p) / mpmath.npdf(z)
+    return z
+
+
 @given(pairs, sigmas)
 def test_cohen_radius_is_where_the_worst_case_flips(pair, sigma):
-    """Theorem 2's half-space classifiers: moved by r, the classes have Phi(Phi^-1(p_a) - r/sigma) and Phi(Phi^-1(p_b) + r/sigma)."""
+    """The radius is where theorem 2's half-space classifiers flip.
+
+    Moved by r, the classes have Phi(Phi^-1(p_a) - r/sigma) and Phi(Phi^-1(p_b) + r/sigma).
+    """
     radius = cohen_radius(*pair, sigma)
     assume(1e-6 < radius / sigma < 5)
     a, b = norm.ppf(pair)
-    for share, holds in ((1 - 1e-6, True), (1 + 1e-6, False)):
-        assert (a - share * radius / sigma > b + share * radius / sigma) == holds
-
-
-# ------------------------------------------------------------------ the older bounds
+    for factor, holds in ((1 - 1e-6, True), (1 + 1e-6, False)):
+        moved = factor * radius / sigma
+        assert (a - moved > b + moved) == holds
 
 
 def test_older_bounds_against_their_printed_formulas():
-    """Equations 30 and 37 typed as they stand (the power mean's outer exponent 1 / (1 - order)), where rounding does not hurt them."""
+    """Equations 30 and 37 as they are printed, where rounding does not hurt them.
+
+    The outer exponent of the power mean is 1 / (1 - order).
+    """
     p_a, p_b, sigma = 0.8, 0.15, 0.5
     for beta in (0.05, 0.3, 0.7):
-        expected = (
-            sigma
-            * beta
-            / np.sqrt(2 * np.log(1.25 * (1 + np.exp(beta)) / (p_a - np.exp(2 * beta) * p_b)))
-        )
+        inside = 1.25 * (1 + np.exp(beta)) / (p_a - np.exp(2 * beta) * p_b)
+        expected = sigma * beta / np.sqrt(2 * np.log(inside))
         assert lecuyer_bound(p_a, p_b, beta, sigma) == pytest.approx(expected, rel=1e-12)
     for order in (0.01, 0.5, 0.9, 1.1, 2.0, 7.0):
         mean = ((p_a ** (1 - order) + p_b ** (1 - order)) / 2) ** (1 / (1 - order))
@@ -209,7 +238,7 @@ def test_lecuyers_beta_is_at_most_one():
         assert lecuyer_radius(p_a, 0.0, 0.5) == pytest.approx(expected, rel=1e-9)
 
 
-def test_older_bounds_say_nothing_outside_their_range():
+def test_older_bounds_are_zero_outside_their_range():
     # With next to no runner-up only beta <= 1 ends the range: its formula would go on.
     assert lecuyer_bound(0.999, 1e-30, 1.0, 0.5) > 0
     assert lecuyer_bound(0.999, 1e-30, np.nextafter(1.0, 2), 0.5) == 0
@@ -236,7 +265,10 @@ def test_li_at_order_one_is_the_limit(p_a, p_b):
     [(lecuyer_bound, lecuyer_radius), (lambda a, b, t, s: li_bound(a, b, np.exp(t), s), li_radius)],
 )
 def test_suprema_against_scipys_optimiser(bound, radius):
-    """At 300 pairs, a coarse scan of the whole range and then Brent's method: our supremum is not beaten, nor out of reach."""
+    """At 300 pairs our supremum is the best value of scipy's optimiser.
+
+    It scans the whole range coarsely and then takes Brent's method.
+    """
     for p_a, p_b in zip(*some_pairs(), strict=True):
         high = min(1.0, np.log(p_a / p_b) / 2) if bound is lecuyer_bound else 8.0
         scan = np.linspace(0.0 if bound is lecuyer_bound else -11.0, high, 200)
@@ -250,12 +282,16 @@ def test_suprema_against_scipys_optimiser(bound, radius):
             options={"xatol": 1e-14},
         )
         best = max(-found.fun, values.max())
-        # A double holds 1 - p_a to 1e-16: at p_a = 1 - 1e-12 that alone moves the logarithm in Li's bound by a few parts in 1e6.
+        # A double holds 1 - p_a to 1e-16: at p_a = 1 - 1e-12 that alone moves the logarithm in Li's
+        # bound by a few parts in 1e6.
         assert radius(p_a, p_b, 1.0) == pytest.approx(best, rel=1e-6)
 
 
 def test_li_of_close_probabilities_by_its_limit():
-    """As p_a and p_b close up, the bound at any order is sqrt(p_a + p_b) u with u = log(p_a / p_b) / 2. As printed it drowns in rounding there."""
+    """As p_a and p_b close up, the bound at any order is sqrt(p_a + p_b) u.
+
+    u = log(p_a / p_b) / 2. As printed the bound is lost to rounding there.
+    """
     for gap in (1e-3, 1e-6, 1e-9, 1e-12):
         p_a, p_b = 0.4 * (1 + gap), 0.4 * (1 - gap)
         assert li_radius(p_a, p_b, 1.0) == pytest.approx(
@@ -308,7 +344,10 @@ def test_older_bounds_at_the_edges(radius, p_a, p_b):
 
 
 def test_li_without_a_runner_up():
-    """At p_b = 0 and order <= 1 the power mean is p_a 2^(-1 / (1 - order)); the best order lies a little below 1."""
+    """At p_b = 0 and order <= 1 the power mean is p_a 2^(-1 / (1 - order)).
+
+    The best order lies a little below 1.
+    """
     order = np.linspace(0.5, 1, 200_001)[:-1]
     expected = np.sqrt(-2 / order * np.log(1 - 0.9 + 2 * 0.9 * 0.5 ** (1 / (1 - order)))).max()
     assert li_radius(0.9, 0.0, 1.0) == pytest.approx(expected, rel=1e-6)

@@ -1,4 +1,7 @@
-"""Appendices A, B, G and I of Cohen et al. 2019: each closed form against Monte Carlo, linear programming or a search."""
+"""Appendices A, B, G and I of Cohen et al. 2019.
+
+Each closed form is held against Monte Carlo, linear programming or a search.
+"""
 
 import numpy as np
 import pytest
@@ -54,7 +57,10 @@ def linear(seed=2):
 @settings(max_examples=60, deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 9), st.floats(0, 1))
 def test_most_powerful_rule_is_the_linear_programme_s_optimum(seed, size, level):
-    """The knapsack over likelihood ratios against scipy's HiGHS on max mu_y'h, mu_x'h <= level, 0 <= h <= 1 (both exact to 1e-9)."""
+    """The knapsack over likelihood ratios finds the optimum of scipy's HiGHS.
+
+    It maximises mu_y'h under mu_x'h <= level, 0 <= h <= 1; both are exact to 1e-9.
+    """
     generator = np.random.default_rng(seed)
     mu_x, mu_y = generator.dirichlet(np.ones(size), 2)
     if seed % 3 == 0:
@@ -66,7 +72,10 @@ def test_most_powerful_rule_is_the_linear_programme_s_optimum(seed, size, level)
 
 @pytest.mark.parametrize("seed", range(5))
 def test_lemma_3_holds_for_random_rules(seed):
-    """Both parts, discrete: no random rule beats the likelihood-ratio rule of its own level, nor falls below its mirror image."""
+    """Both parts, discrete: no random rule beats the likelihood-ratio rule of its level.
+
+    None falls below its mirror image, either.
+    """
     generator = np.random.default_rng(seed)
     mu_x, mu_y = generator.dirichlet(np.ones(6), 2)
     rules = generator.random((2000, 6)) ** generator.choice([0.1, 1, 10], (2000, 6))
@@ -86,7 +95,10 @@ def test_a_threshold_on_the_likelihood_ratio_attains_the_lemma():
 
 
 def test_gaussian_lemma_is_the_limit_of_the_discrete_one():
-    """On 4,001 cells of a line the discrete optimum lies below lemma 4's half-space, by less than one cell's mass."""
+    """On 4,001 cells of a line the discrete optimum lies below lemma 4's half-space.
+
+    The difference is less than the mass of one cell.
+    """
     edges = np.linspace(-6, 7, 4000)
     mu_x, mu_y = (
         np.diff(ndtr(np.concatenate([[-np.inf], edges - m, [np.inf]]))) for m in (0.0, 1.0)
@@ -99,7 +111,7 @@ def test_gaussian_lemma_is_the_limit_of_the_discrete_one():
 
 @pytest.mark.parametrize("seed", range(10))
 def test_lemma_4_holds_for_random_classifiers_of_the_plane(seed):
-    """Exact probabilities of random cell-wise classifiers stay between equations 13 and 14 at every shift."""
+    """Random cell-wise classifiers stay between equations 13 and 14 at every shift."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 3, (9, 9)).repeat(5, axis=0).repeat(5, axis=1)
     edges, shifts = np.linspace(-3, 3, 44), np.linspace(-2, 2, 41)
@@ -113,7 +125,7 @@ def test_lemma_4_holds_for_random_classifiers_of_the_plane(seed):
 
 @pytest.mark.parametrize("seed", range(10))
 def test_theorem_1_holds_for_random_classifiers_of_the_plane(seed):
-    """The nearest point of a fine grid at which the smoothed class differs is never nearer than theorem 1's radius."""
+    """No point of a fine grid nearer than theorem 1's radius changes the smoothed class."""
     generator = np.random.default_rng(seed)
     labels = generator.integers(0, 4, (6, 6)).repeat(8, axis=0).repeat(8, axis=1)
     shifts = np.linspace(-2, 2, 161)
@@ -160,7 +172,10 @@ def test_worst_case_is_consistent_and_flips_exactly_at_the_radius(p_a, p_b):
 
 @pytest.mark.parametrize(("p_a", "p_b"), [(0.8, 0.2), (0.6, 0.1)])
 def test_worst_case_flips_by_monte_carlo(p_a, p_b):
-    """20,000 live votes a point: shares agree with the closed form within 5 standard errors, and the winner changes across the radius."""
+    """20,000 live votes per point agree with the closed form within 5 standard errors.
+
+    The winner changes across the radius.
+    """
     x, u = torch.full((1, *SHAPE), 0.5), direction()
     worst = worst_case_classifier(x[0], u, p_a, p_b, sigma=0.3)
     distance = worst.radius * np.array([0.0, 0.9, 1.1])
@@ -174,7 +189,10 @@ def test_worst_case_flips_by_monte_carlo(p_a, p_b):
 
 
 def test_worst_case_is_no_worse_elsewhere():
-    """Theorem 1 forbids a flip inside the radius in any direction; at right angles nothing changes at all."""
+    """Theorem 1 forbids a flip inside the radius in any direction.
+
+    At right angles nothing changes at all.
+    """
     x, u = torch.full((1, *SHAPE), 0.5), direction()
     side = direction(9)
     side -= (side * u).sum() / (u * u).sum() * u
@@ -207,7 +225,10 @@ def test_worst_case_names_what_is_wrong(change, name):
 
 @pytest.mark.parametrize("sigma", [0.1, 0.5, 2.0])
 def test_theorem_1_certifies_a_linear_rule_to_its_margin(sigma):
-    """Proposition 4, for every sigma, as far as p_A < 1 can be told from 1 in double precision (margins up to 5 sigma here)."""
+    """Proposition 4, for every sigma.
+
+    As far as p_A < 1 differs from 1 in double precision: margins up to 5 sigma here.
+    """
     rule, x = linear(), images(200)
     near = np.abs(rule.margin(x)) < 5 * sigma
     p_a = rule.top_probability(x, sigma)[near]
@@ -218,19 +239,25 @@ def test_theorem_1_certifies_a_linear_rule_to_its_margin(sigma):
 
 
 def test_smoothing_leaves_a_linear_rule_unchanged():
-    """Proposition 3, live: the majority of 2,000 votes is the rule's own class wherever p_A is 5 standard errors above one half."""
+    """Proposition 3, live: the majority of 2,000 votes is the rule's own class.
+
+    Wherever p_A is 5 standard errors above one half.
+    """
     rule, x = linear(), images(60)
     votes = ModelCounts(rule, x, Gaussian(0.4), seed=5, **LIVE).draw(2_000)
     p_a = rule.top_probability(x, 0.4)
     clear = p_a > 0.5 + 5 * 0.5 / np.sqrt(2_000)
     assert clear.sum() > 30
     assert (votes.argmax(axis=1) == (rule.margin(x) > 0))[clear].all()
-    share = votes[np.arange(60), (rule.margin(x) > 0).astype(int)] / 2_000
-    np.testing.assert_allclose(share, p_a, atol=5 * 0.5 / np.sqrt(2_000))
+    frequency = votes[np.arange(60), (rule.margin(x) > 0).astype(int)] / 2_000
+    np.testing.assert_allclose(frequency, p_a, atol=5 * 0.5 / np.sqrt(2_000))
 
 
 def test_a_linear_rule_flips_at_its_radius():
-    """Proposition 5: the nearest flip lies |margin| away, on the boundary; just before it the class is kept, just behind it is lost."""
+    """Proposition 5: the nearest flip lies |margin| away, on the boundary.
+
+    Just before it the class is kept, just behind it another one wins.
+    """
     rule, x = linear(), images(50)
     delta = rule.nearest_flip(x) - x
     np.testing.assert_allclose(
@@ -296,7 +323,10 @@ def test_linear_rule_needs_a_direction(weight):
 
 @pytest.mark.parametrize("factor", [2, 4])
 def test_pooled_classifier_has_the_votes_of_the_low_resolution_one(factor):
-    """Proposition 6: same law of votes at factor times the noise (chi-square, 20,000 draws each), hence factor times the radius."""
+    """Proposition 6: the same law of votes at factor times the noise.
+
+    By a chi-square test of 20,000 draws each; the radius is factor times as large.
+    """
     rule, low = linear(), images(1, seed=10)
     high = low.repeat_interleave(factor, dim=2).repeat_interleave(factor, dim=3)
     votes = ModelCounts(rule, low, Gaussian(0.3), seed=1, **LIVE).draw(20_000)[0]
@@ -333,12 +363,15 @@ def test_unpooled_images_average_back_exactly():
 @pytest.mark.parametrize(("p_a", "p_b"), [*PAIRS, (0.3, 0.3)])
 @pytest.mark.parametrize("order", [0.3, 0.9, 1.5, 3.0])
 def test_li_exponent_by_direct_minimisation(p_a, p_b, order):
-    """The least Renyi divergence D(Q||P) of any Q with a tie on top is -log(1 - p_a - p_b + 2 M): the exponent outside M is 1/(1 - order)."""
+    """The least Renyi divergence D(Q||P) of any Q with a tie on top, minimised directly.
+
+    It is -log(1 - p_a - p_b + 2 M): the exponent outside M is 1/(1 - order).
+    """
     rest = 1 - p_a - p_b
 
     def divergence(q):
         terms = q**order * (p_a ** (1 - order) + p_b ** (1 - order))
-        # The best share of the other classes is in their proportion under P.
+        # The other classes are best kept in their proportion under P.
         terms += (1 - 2 * q) ** order * rest ** (1 - order) if rest > 1e-12 else 0.0
         return np.log(terms) / (order - 1)
 
@@ -356,7 +389,10 @@ def test_li_exponent_by_direct_minimisation(p_a, p_b, order):
 
 
 def test_li_best_order_is_inside_the_range_searched():
-    """From near ties to near certainties the best order is between 0.7 and 1.6, far inside the e^-14 to e^3 that li_radius searches."""
+    """From near ties to near certainties the best order is between 0.7 and 1.6.
+
+    That is far inside the e^-14 to e^3 that li_radius searches.
+    """
     order = np.geomspace(1e-5, 20, 4001)
     for p_b in (1e-6, 1e-3, 0.05, 0.3, 0.49):
         for p_a in p_b + (1 - 2 * p_b) * np.array([0.001, 0.01, 0.3, 0.9, 0.9999]):
@@ -374,7 +410,10 @@ def test_probabilities_are_checked(call):
 
 
 def test_extremes_by_hand():
-    """No distance changes nothing; certainty and impossibility stay what they are; one sigma from one half is Phi(-1)."""
+    """No distance changes nothing; certainty and impossibility stay what they are.
+
+    One sigma from one half is Phi(-1).
+    """
     p = np.array([0.0, 0.3, 1.0])
     np.testing.assert_allclose(least_probability(p, 0.0, 2.0), p, rtol=1e-14)
     np.testing.assert_array_equal(least_probability([0.0, 1.0], 5.0, 1.0), [0, 1])

@@ -54,8 +54,7 @@ def read_log(path):
     data = read_bytes(path, "give the path of a tab-separated certification log")
     if data.startswith(b'{"run":'):
         return journal_table(read_journal(path)[1].values())
-    text = data.decode("utf-8-sig", errors="replace")
-    names, rows = _cells(path, text)
+    names, rows = _cells(path, data.decode("utf-8-sig", errors="replace"))
     table = _parsed(path, pd.DataFrame(rows, columns=names))
     repeated = table["idx"][table["idx"].duplicated()]
     if len(repeated):
