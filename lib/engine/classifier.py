@@ -265,16 +265,19 @@ class BaseClassifier:
         """A ballot for each worker: calls of (block, place), then `rest`, give (place, votes)."""
         return [_Ballot(self, voter) for voter in self.voters(workers, compiled)]
 
-    def scoring(self):
-        """The same network as a member of an ensemble: `forward` gives its logits in float32.
+    def scoring(self, compile=None):
+        """The same network as a member of several: `forward` gives its logits in float32.
 
-        It shares the weights, is compiled where this one is, and is made once.
+        It shares the weights, and is made once.
+
+        - compile: as for BaseClassifier; default: as this one is.
         """
         if self._scoring is None:
             member = copy.copy(self)
             member._use(_Scorer(self._copies[0].model))
             member._scoring, member.compiled = member, False
-            if self.compiled:
+            member._auto = self._auto if compile is None else compile == "auto"
+            if compile is True or (compile is None and self.compiled):
                 member.compile()
             self._scoring = member
         return self._scoring

@@ -137,17 +137,14 @@ class ModelCounts:
     @property
     def _costs(self):
         """Passes of single networks that a draw costs: [R, 2], where the first K suffice or not."""
-        costs = [
-            (getattr(item, "consensus", None) or len(item.members), len(item.members))
-            for item in self.readouts
-        ]
+        costs = [(item.consensus or len(item.members), len(item.members)) for item in self.readouts]
         return np.array(costs or [(1, 1)])
 
     @property
     def _width(self):
         """Different votes of a draw: each class, "not finite", and both again past a consensus."""
-        costs = self._costs
-        return (self.classes + 1) * (1 if (costs[:, 0] == costs[:, 1]).all() else 2)
+        some = any(item.consensus is not None for item in self.readouts)
+        return (self.classes + 1) * (2 if some else 1)
 
     def _summed(self, counts, n, first=0):
         """Counts [R, B, width] of votes as class counts [R, B, C] and evaluations [R, B].

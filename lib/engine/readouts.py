@@ -143,11 +143,12 @@ class Panel:
             )
         self.members = []
         for i in self.used:
-            base = networks[i]
-            if not isinstance(base, BaseClassifier):
-                base = BaseClassifier(base, shape, **engine)
-                engine = {**engine, "block": base.block}
-            self.members.append(base.scoring())
+            if isinstance(networks[i], BaseClassifier):
+                self.members.append(networks[i].scoring())
+                continue
+            base = BaseClassifier(networks[i], shape, **engine | {"compile": False})
+            engine = engine | {"block": base.block}
+            self.members.append(base.scoring(engine.get("compile", "auto")))
         for name in ("shape", "device", "block", "classes"):
             values = {getattr(base, name) for base in self.members}
             if len(values) > 1:
