@@ -9,6 +9,7 @@ ResNet-110 and ResNet-50 at 224 x 224.
 """
 
 import argparse
+import math
 import pathlib
 import platform
 import statistics
@@ -19,8 +20,9 @@ import time
 import numpy as np
 import torch
 
-from lib import BaseClassifier, Gaussian, ModelCounts
+from lib import BaseClassifier, Gaussian, ModelCounts, quantize
 from lib.data import INFO
+from lib.engine.hardware import has_compiler, has_int8_products
 from lib.models import build
 
 NETWORKS = {
@@ -29,7 +31,9 @@ NETWORKS = {
     "resnet110": ("cifar_resnet110", "cifar10"),
 }
 NETWORKS |= {"resnet50": ("resnet50", "imagenet")}
-RESNET20 = 81.6e6  # floating-point operations of one pass
+# Arithmetic operations of one pass.
+OPERATIONS = {"resnet20": 81.6e6, "resnet110": 506e6}
+SIDE = 1024  # of the matrices whose product is the best that a processor can do
 
 
 @torch.no_grad()
@@ -50,14 +54,14 @@ def field_loop(model, image, draws, batch, sigma, classes):
 
 
 def rate(run, seconds):
-    """Draws per second of `run(draws)`, over at least `seconds`."""
-    start, done, elapsed = time.perf_counter(), 0, 0.0
+    """(draws per second, draws per second of processor time) of `run(draws)`, over `seconds`."""
+    start, busy, done, elapsed = time.perf_counter(), time.process_time(), 0, 0.0
     while elapsed < seconds:
         # Pieces of about half a second once the rate is known.
         draws = max(2000, int(0.5 * done / elapsed)) if done else 2000
         run(draws)
         done, elapsed = done + draws, time.perf_counter() - start
-    return done / elapsed
+    return done / elapsed, done / (time.process_time() - busy)
 
 
 def network(name):
@@ -72,17 +76,18 @@ def contender(name, kind, device):
     shape, classes = INFO[data].shape, INFO[data].classes
     image = torch.rand(shape, generator=torch.Generator().manual_seed(0))
     start = time.perf_counter()
-    if kind.startswith("field"):
+    if kind.startswith("products"):
+        run, note = products(getattr(torch, kind.split()[-1]), OPERATIONS[name], device), ""
+    elif kind.startswith("field"):
         model, image, batch = model.to(device), image.to(device), int(kind.split()[-1])
         run, note = lambda n: field_loop(model, image, n, batch, 0.25, classes), ""
         run(batch)
     else:
+        dtype = kind.split()[1]
+        if dtype == "int8":
+            model = quantize(model, torch.rand(256, *shape), Gaussian(0.25))
         base = BaseClassifier(
-            model,
-            shape,
-            device=device,
-            dtype=getattr(torch, kind.split()[1]),
-            compile=kind.endswith("compiled"),
+            model, shape, device=device, dtype=dtype, compile=kind.endswith("compiled")
         )
         run, note = (
             lambda n: ModelCounts(base, image[None], Gaussian(0.25), progress=False).draw(n),
@@ -92,13 +97,32 @@ def contender(name, kind, device):
     return run, f"{note}, ready in {time.perf_counter() - start:.0f} s".removeprefix(", ")
 
 
+def products(dtype, operations, device):
+    """run(draws): the matrix products with as many operations as so many passes of a network."""
+    if dtype == torch.int8:
+        a = torch.randint(0, 128, (SIDE, SIDE), dtype=torch.uint8)
+        b = torch.randint(-127, 128, (SIDE, SIDE), dtype=torch.int8)
+        multiply = torch._int_mm
+    else:
+        a = b = torch.rand(SIDE, SIDE, device=device).to(dtype)
+        multiply = torch.matmul
+
+    def run(draws):
+        for _ in range(math.ceil(draws * operations / (2 * SIDE**3))):
+            result = multiply(a, b)
+        float(result[0, 0])
+
+    run(2000)
+    return run
+
+
 def worker(name, kind, threads, device):
     """A process of `Contender`: ready, it measures once for each line of seconds that it reads."""
     torch.set_num_threads(threads)
     run, note = contender(name, kind, device)
     print(note, flush=True)
     for seconds in sys.stdin:
-        print(rate(run, float(seconds)), flush=True)
+        print(*rate(run, float(seconds)), flush=True)
 
 
 class Contender:
@@ -127,68 +151,73 @@ class Contender:
         ]
         notes = [process.stdout.readline().strip() for process in self.processes]
         self.note = notes[0]
-        self.rates = []
+        self.rates, self.busy = [], []
 
     def measure(self, seconds):
         for process in self.processes:
             process.stdin.write(f"{seconds}\n")
             process.stdin.flush()
-        self.rates.append(sum(float(process.stdout.readline()) for process in self.processes))
+        found = [process.stdout.readline().split() for process in self.processes]
+        self.rates.append(sum(float(rate) for rate, _ in found))
+        self.busy.append(statistics.mean(float(busy) for _, busy in found))
 
     def close(self):
         for process in self.processes:
             process.communicate()
 
 
-def compare(name, device, seconds, rounds, threads, processes=1):
-    """Table of all contenders, alternating: rounds of so many seconds each."""
+def contenders(name, device):
+    """The kinds that are compared, the field's loop at batch 400 first."""
     kinds = [f"field's loop, batch {batch}" for batch in (400, 1000)]
     kinds += [
         f"engine, {dtype}, {how}"
         for dtype in ("float32", "bfloat16")
         for how in ("eager", "compiled")
     ]
+    dtypes = ["float32", "bfloat16"]
+    if device == "cpu" and has_int8_products() and has_compiler():
+        kinds.append("engine, int8, compiled")
+        dtypes.append("int8")
+    if name in OPERATIONS:
+        kinds += [f"products of matrices, {dtype}" for dtype in dtypes]
+    return kinds
+
+
+def compare(name, device, seconds, rounds, threads, processes=1, kinds=None):
+    """Table of all contenders, alternating: rounds of so many seconds each.
+
+    A busy machine is fairer by processor time, which is the last pair of columns. The products of
+    matrices are as many as the network's passes need: the best that this hardware can do.
+    """
+    kinds = kinds or contenders(name, device)
     rivals = {
         kind: Contender(name, kind.replace(",", ""), device, threads, processes) for kind in kinds
     }
     for _ in range(rounds):
         for rival in rivals.values():
             rival.measure(seconds)
-    base = statistics.median(rivals[kinds[0]].rates)
-    print(
-        f"\n### {name} on {device}, {processes} process{'es' if processes > 1 else ''} of "
-        f"{threads} thread{'s' if threads > 1 else ''}\n"
-    )
-    print(
-        "| | | best draws/s | median draws/s | ratio of medians to the field's, batch 400 |\n"
-        "|---|---|---:|---:|---:|"
-    )
+    first = rivals[kinds[0]]
+    base, idle = statistics.median(first.rates), statistics.median(first.busy)
+    one = "process" if processes == 1 else "processes"
+    print(f"\n### {name} on {device}, {processes} {one} of {threads} thread(s)\n")
+    print("| | | best draws/s | median draws/s | ratio | per processor second | ratio |")
+    print("|---|---|---:|---:|---:|---:|---:|")
     for kind, rival in rivals.items():
-        median = statistics.median(rival.rates)
+        median, busy = statistics.median(rival.rates), statistics.median(rival.busy)
         print(
             f"| {kind} | {rival.note} | {max(rival.rates):,.0f} | {median:,.0f} | "
-            f"{median / base:.1f} |",
+            f"{median / base:.1f} | {busy:,.0f} | {busy / idle:.1f} |",
             flush=True,
         )
         rival.close()
-
-
-def peak(device):
-    """What the hardware can do at all, and the ResNet-20 passes that would be.
-
-    Matrix products of 2048 x 2048, best of twenty.
-    """
-    for dtype in (torch.float32, torch.bfloat16):
-        a, best = torch.rand(2048, 2048, device=device).to(dtype), float("inf")
-        for _ in range(20):
-            start = time.perf_counter()
-            float((a @ a)[0, 0])
-            best = min(best, time.perf_counter() - start)
-        rate = 2 * 2048**3 / best
-        print(
-            f"\nMatrix products in {str(dtype)[6:]}: {rate / 1e9:,.0f} GFLOP/s, as many as "
-            f"{rate / RESNET20:,.0f} ResNet-20 passes a second need."
+    for dtype in ("float32", "bfloat16", "int8"):
+        engine, peak = (
+            rivals.get(kind.format(dtype))
+            for kind in ("engine, {}, compiled", "products of matrices, {}")
         )
+        if engine and peak:
+            share = statistics.median(engine.busy) / statistics.median(peak.busy)
+            print(f"\nThe engine at {dtype}: {share:.0%} of the matrix products, noise included.")
 
 
 def whole_job(name, device, draws, examples=20):
@@ -233,7 +262,8 @@ def machine():
         if flags.exists()
         else ""
     )
-    names = [flag for flag in ("avx2", "avx512f", "avx512_bf16", "amx_bf16") if f" {flag}" in flags]
+    wanted = ("avx2", "avx512f", "avx512_bf16", "avx512_vnni", "avx_vnni", "amx_bf16", "amx_int8")
+    names = [flag for flag in wanted if flag in flags.split()]
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     print(
         f"{platform.machine()}, {torch.get_num_threads()} threads, "
@@ -250,6 +280,7 @@ def main():
     parser.add_argument("--job", type=int, default=100_000)
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--networks", nargs="+")
+    parser.add_argument("--kinds", nargs="+", help="only these rows of the tables")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -259,12 +290,14 @@ def main():
     if arguments.worker:
         return worker(arguments.worker, arguments.kind, threads, device)
     machine()
-    peak(device)
     names = arguments.networks or (["resnet20", "digits"] if device == "cpu" else list(NETWORKS))
     for name in names:
-        compare(name, device, arguments.seconds, arguments.rounds, threads)
+        compare(name, device, arguments.seconds, arguments.rounds, threads, 1, arguments.kinds)
     if device == "cpu" and arguments.processes > 1:
-        compare(names[0], device, arguments.seconds, arguments.rounds, 1, arguments.processes)
+        compare(
+            names[0], device, arguments.seconds, arguments.rounds, 1, arguments.processes,
+            arguments.kinds,
+        )  # fmt: skip
     if arguments.job:
         for name in names[:2]:
             whole_job(name, device, arguments.job)

@@ -1,10 +1,11 @@
 """What an example's votes depend on, and what they do not.
 
-Counts the votes that differ between runs that should agree, and between block sizes and precisions.
-
-python -m benchmarks.exactness [--model digits-cnn-sigma0.50 | FILE] [--data-path FILE]
-    [--sigma 0.5] [--examples 20] [--draws 20000] [--compiled]
-Prints Markdown tables. --model resnet20 trains a ResNet-20 on the digits first (a minute).
+Differing votes between runs that should agree, and between block sizes and precisions:
+python -m benchmarks.exactness [--model digits-cnn-sigma0.50 | FILE] [--int8 FILE] [--sigma 0.5]
+    [--data-path FILE] [--dtypes float32 bfloat16] [--examples 20] [--draws 20000] [--compiled]
+    [--against float32] [--shares 100 10000]
+Prints Markdown tables. --model resnet20 trains a ResNet-20 on the digits first (a minute); --int8
+is the 8-bit version of the model (python -m lib quantize), needed for the dtype int8.
 """
 
 import argparse
@@ -58,18 +59,19 @@ class Bench:
         else:
             self.model, header = load_checkpoint(self.spec)
             self.data = header["data"]
+        self.eight = options.int8 and load_checkpoint(options.int8)[0]
         self.x, self.labels = load(self.data, "test", path=options.data_path)
         self.noise = Gaussian(options.sigma)
 
     def base(self, dtype, block):
         return BaseClassifier(
-            self.model,
+            self.eight if dtype == "int8" else self.model,
             self.x.shape[1:],
             device="cpu",
             dtype=dtype,
             block=block,
             layout="channels_last",
-            compile=self.options.compiled,
+            compile=self.options.compiled or dtype == "int8",
         )
 
     def votes(self, base, index, n):
@@ -107,7 +109,7 @@ class Bench:
             else []
         )
         job = [
-            self.spec,
+            self.options.int8 if dtype == "int8" else self.spec,
             "--sigma",
             self.options.sigma,
             "--N0",
@@ -121,7 +123,7 @@ class Bench:
         ]
         job += [
             "--dtype",
-            str(dtype).removeprefix("torch."),
+            dtype,
             "--block",
             256,
             "--layout",
@@ -129,7 +131,7 @@ class Bench:
             "--device",
             "cpu",
         ]
-        job += ["--compile" if self.options.compiled else "--no-compile"]
+        job += ["--compile" if self.options.compiled or dtype == "int8" else "--no-compile"]
         job += ["--data-path", self.options.data_path] if self.options.data_path else []
         command = [sys.executable, *run, "-m", "lib", "certify", *map(str, job)]
         subprocess.run(
@@ -137,31 +139,27 @@ class Bench:
         )
         return load_counts(f"{out}.npz").counts
 
-    def precisions(self, examples=100, draws=10_000):
-        """bfloat16 against float32 on the same noise.
+    def precision(self, dtype, examples, draws):
+        """A dtype against another on the same noise, as one row of a table.
 
-        Returns (largest difference of a class's share in standard errors, differing votes, votes,
-        average certified radius of each).
+        The largest difference of a class's share in Monte Carlo standard errors, the votes that
+        differ, and the ACR of both.
         """
         index = np.linspace(0, len(self.x) - 1, examples).astype(int)
-        votes = {
-            dtype: self.votes(self.base(dtype, 256), index, draws)
-            for dtype in (torch.float32, torch.bfloat16)
-        }
-        single, half = votes.values()
-        share = (single + half + 1) / (2 * draws + 2)
+        pair = [
+            self.votes(self.base(name, 256), index, draws) for name in (self.options.against, dtype)
+        ]
+        share = (sum(pair) + 1) / (2 * draws + 2)
         error = np.sqrt(share * (1 - share) / draws)
         radius = []
-        for counts in votes.values():
+        for counts in pair:
             found = certify(
                 RecordedCounts(counts, index=index), self.noise, 100, draws - 100, 0.001
             )
             radius.append(average_certified_radius(found, self.labels[index]))
+        largest, moved = float((np.abs(pair[0] - pair[1]) / draws / error).max()), differing(*pair)
         return (
-            float((np.abs(single - half) / draws / error).max()),
-            differing(single, half),
-            examples * draws,
-            radius,
+            f"{largest:.2f} | {moved:,} of {examples * draws:,} | {radius[0]:.4f} / {radius[1]:.4f}"
         )
 
 
@@ -175,42 +173,45 @@ def main():
     parser.add_argument("--examples", type=int, default=20)
     parser.add_argument("--draws", type=int, default=20_000)
     parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--int8")
+    parser.add_argument("--dtypes", nargs="*", default=["float32", "bfloat16"])
+    parser.add_argument("--against", default="float32", help="the dtype that others are held to")
+    parser.add_argument("--shares", nargs=2, type=int, default=[100, 10_000])
     options = parser.parse_args()
+    how = "compiled" if options.compiled else "eager (int8 compiled)"
+    ran = f"{options.model}, {how}, torch {torch.__version__}, {torch.get_num_threads()} threads"
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(options, folder)
-        total = options.examples * options.draws
-        compiled = "compiled" if options.compiled else "eager"
-        ran = f"{options.model}, {compiled}, torch {torch.__version__}, "
-        ran += f"{torch.get_num_threads()} threads"
-        print(
-            f"{ran}: differing votes of {total:,} ({options.examples} examples x "
-            f"{options.draws:,} draws, block 256)\n"
-        )
-        found = {dtype: bench.invariance(dtype) for dtype in (torch.float32, torch.bfloat16)}
-        print(
-            "| against the same examples in order, one process | float32 | bfloat16 |\n"
-            "| --- | ---: | ---: |"
-        )
-        for name in found[torch.float32]:
-            print(f"| {name} | {found[torch.float32][name]} | {found[torch.bfloat16][name]} |")
-        index = np.arange(options.examples)
-        blocks = [
-            differing(
-                *(
-                    bench.votes(bench.base(dtype, block), index, options.draws)
-                    for block in (64, 256)
-                )
+        if options.examples:
+            print_invariance(bench, ran)
+        examples, draws = options.shares
+        others = [dtype for dtype in options.dtypes if dtype != options.against]
+        if examples and others:
+            print(f"\n{ran}: {examples} examples x {draws:,} draws, the same noise\n")
+            print(
+                f"| against {options.against} | largest difference of a class share, in Monte Carlo "
+                "standard errors | votes that differ | ACR of both |\n| --- | ---: | ---: | --- |"
             )
-            for dtype in found
-        ]
-        print(f"| block 64 instead of 256 | {blocks[0]} | {blocks[1]} |")
-        errors, moved, draws, radius = bench.precisions()
-        print(
-            f"\nbfloat16 against float32 on 100 examples x 10,000 draws, same noise: largest "
-            f"difference of a class's share {errors:.2f} Monte Carlo "
-            f"standard errors; {moved:,} of {draws:,} votes differ; ACR {radius[0]:.4f} (float32), "
-            f"{radius[1]:.4f} (bfloat16)"
-        )
+        for dtype in others if examples else []:
+            print(f"| {dtype} | {bench.precision(dtype, examples, draws)} |", flush=True)
+
+
+def print_invariance(bench, ran):
+    options = bench.options
+    total = options.examples * options.draws
+    print(
+        f"{ran}: differing votes of {total:,} ({options.examples} examples x {options.draws:,} "
+        "draws, block 256)\n"
+    )
+    found = {dtype: bench.invariance(dtype) for dtype in options.dtypes}
+    index = np.arange(options.examples)
+    for dtype in found:
+        pair = (bench.votes(bench.base(dtype, block), index, options.draws) for block in (64, 256))
+        found[dtype]["block 64 instead of 256"] = differing(*pair)
+    print(f"| against the same examples in order, one process | {' | '.join(found)} |")
+    print(f"| --- |{' ---: |' * len(found)}")
+    for name in found[options.dtypes[0]]:
+        print(f"| {name} | {' | '.join(str(found[dtype][name]) for dtype in found)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from lib.bounds import (
 from lib.certify import ABSTAIN, Certificates, certify, predict
 from lib.counts import RecordedCounts, SimulatedCounts
 from lib.engine.classifier import BaseClassifier
+from lib.engine.int8 import quantize
 from lib.engine.live import ModelCounts
 from lib.iss import SampleSizeMap, certify_iss, sample_size_map
 from lib.noise import Gaussian
@@ -32,6 +33,7 @@ __all__ = [
     "lecuyer_radius",
     "li_radius",
     "predict",
+    "quantize",
     "sample_size_map",
     "top_class_pvalue",
 ]

@@ -9,6 +9,7 @@ from lib.checks import check_choice
 from lib.data import INFO
 from lib.ensemble import Ensemble
 from lib.store.checkpoints import read_checkpoint, state_hash, write_checkpoint
+from lib.store.programs import Program
 
 log = logging.getLogger(__name__)
 # The data set of a published checkpoint that does not name it, by its architecture.
@@ -158,6 +159,9 @@ def save_checkpoint(path, model, header, half=True):
     Raises ValueError where the file could not be read back: a model of other weights than the
     header says, or weights beyond half precision.
     """
+    if isinstance(model, Program):
+        write_checkpoint(path, model.state_dict(), header | {"dtype": "int8"}, half=False)
+        return
     with torch.device("meta"):
         _check_fit(_build_from(header), model.state_dict(), "model")
     write_checkpoint(path, model.state_dict(), header, half)
@@ -219,9 +223,18 @@ def load_checkpoint(path, architecture=None, data=None):
                 f"{name} must be {file.header[name]!r}, as {path} says, or be left out; "
                 f"got {given!r}"
             )
+    if file.header.get("dtype") == "int8":
+        return _program(path, file.state).eval(), {"format": "ours"} | file.header
     model = _build_from(file.header)
     _fill(model, file.state, path)
     return model.eval(), {"format": "ours"} | file.header
+
+
+def _program(path, state):
+    try:
+        return Program(state)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _build_published(path, file, architecture, data):

@@ -1,5 +1,6 @@
 """A network made ready to vote: one precision, one memory layout, one block shape."""
 
+import contextlib
 import copy
 import logging
 import time
@@ -16,9 +17,12 @@ from lib.engine.admission import (
 )
 from lib.engine.folding import folded
 from lib.engine.hardware import cores, has_bfloat16, has_compiler, keep_freed_memory, pick_device
+from lib.engine.int8 import check_int8, eight_bit_products
 from lib.engine.tuning import tuned
+from lib.store.programs import Program
 
 COMPILE_PAYS = 30.0  # seconds of eager forward passes from which a compile (5 - 30 s) pays
+DTYPES = ("float32", "bfloat16", "int8")
 log = logging.getLogger(__name__)
 
 
@@ -29,6 +33,12 @@ def default_dtype(model, device):
     """
     large = sum(p.numel() for p in model.parameters()) >= 100_000
     return torch.bfloat16 if large and has_bfloat16(device) else torch.float32
+
+
+def _as_dtype(dtype):
+    """The torch.dtype of a name or of itself; None is left to the rule."""
+    check_choice((None, *DTYPES), dtype=str(dtype).removeprefix("torch.") if dtype else None)
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 class _Voter(nn.Module):
@@ -71,7 +81,8 @@ class BaseClassifier:
     """A network made ready to vote: copied, in eval mode, with one precision, layout and block.
 
     The base classifier f that is smoothed and certified IS this network as it runs: batch norms
-    folded into the weights where they can be, bfloat16 rounding included. On a CPU each forward
+    folded into the weights where they can be, bfloat16 rounding or 8-bit integers included (an
+    8-bit network is certified itself, and not the one that it was made from). On a CPU each forward
     pass runs on one core, and as many run side by side as torch has threads: this is faster than
     one pass on all cores, and a vote does not depend on their number. Share one BaseClassifier
     among all ModelCounts of a model, so that it is compiled once.
@@ -81,9 +92,10 @@ class BaseClassifier:
       A random forward is admitted with a warning: its average is certified.
     - shape: (channels, height, width) of an image.
     - device: default CUDA where there is one, else the CPU.
-    - dtype: torch.float32 or torch.bfloat16. The default follows a rule (`default_dtype`, and
-      float32 if the network does not run in bfloat16), never a timing: it is part of what is
-      certified.
+    - dtype: "float32", "bfloat16" or "int8", or the torch.dtype. The default follows a rule
+      (`default_dtype`, and float32 if the network does not run in bfloat16), never a timing: it is
+      part of what is certified. A network of `lib.quantize` is int8 and nothing else; it is
+      compiled for a CPU with 8-bit dot products, or refused.
     - block: images per forward pass; every pass is full.
     - layout: "channels_last" or "contiguous".
     - compile: True, False, or "auto": compiled if a job is long enough to repay it, and only if
@@ -112,10 +124,13 @@ class BaseClassifier:
                 f"got {type(model).__name__}"
             )
         check_choice((True, False, "auto"), compile=compile)
-        check_choice((None, torch.float32, torch.bfloat16), dtype=dtype)
+        dtype = _as_dtype(dtype)
         check_choice((None, "channels_last", "contiguous"), layout=layout)
         if block is not None:
             check_draws(block=block)
+        if isinstance(model, Program) or dtype == torch.int8:
+            device = check_int8(model, shape, device, dtype, compile)
+            dtype, compile, tune = torch.int8, True, False
         self.device = pick_device(device)
         self.shape = tuple(shape)
         model = copy.deepcopy(model).eval().float()
@@ -131,7 +146,8 @@ class BaseClassifier:
         self.memory_format = (
             torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
         )
-        self._use(_Voter(model.to(self.dtype).to(memory_format=self.memory_format), self.classes))
+        model = model.to(self._numbers).to(memory_format=self.memory_format)
+        self._use(_Voter(model, self.classes))
         self._scoring = None
         self.compiled, self._auto = False, compile == "auto"
         if compile is True:
@@ -164,6 +180,11 @@ class BaseClassifier:
 
     def _use(self, voter):
         self._voter, self._copies = voter, [voter]
+
+    @property
+    def _numbers(self):
+        """The dtype of images and floating-point weights: an 8-bit network rounds by itself."""
+        return torch.float32 if self.dtype == torch.int8 else self.dtype
 
     @property
     def settings(self):
@@ -202,8 +223,9 @@ class BaseClassifier:
         limits = torch._dynamo.config.patch(
             recompile_limit=10_000, accumulated_recompile_limit=10_000
         )
+        watched = eight_bit_products() if self.dtype == torch.int8 else contextlib.nullcontext()
         try:
-            with cores(1), limits, torch._inductor.config.patch(freezing=True):
+            with cores(1), limits, torch._inductor.config.patch(freezing=True), watched:
                 self.forward(self.empty_block())
         except BaseException:
             self._voter = eager
@@ -246,7 +268,7 @@ class BaseClassifier:
 
     def empty_block(self):
         """A block of zeros [block, *shape], in the dtype, layout and device of the network."""
-        return torch.zeros(self.block, *self.shape, dtype=self.dtype, device=self.device).to(
+        return torch.zeros(self.block, *self.shape, dtype=self._numbers, device=self.device).to(
             memory_format=self.memory_format
         )
 

@@ -18,6 +18,15 @@ def has_bfloat16(device):
     return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
+def has_int8_products():
+    """Whether the CPU multiplies 8-bit integers natively (x86 with avx512_vnni, avx_vnni or AMX).
+
+    Without them sums of two products saturate at 16 bits, and an 8-bit network votes differently.
+    """
+    found = torch.cpu.get_capabilities()
+    return any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
+
+
 def pick_device(device=None):
     """The torch.device asked for, if it is here; default: a GPU if there is one, else the CPU."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

@@ -1,0 +1,226 @@
+"""8-bit networks: the same bits wherever they are loaded, the same votes however they are asked."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from lib import BaseClassifier, Gaussian, ModelCounts, quantize
+from lib.data import load
+from lib.engine import int8
+from lib.models import build, load_checkpoint, model_hash, save_checkpoint
+from lib.store.programs import Program
+
+ROOT = pathlib.Path(__file__).parent.parent
+NOISE = Gaussian(0.25)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return load("digits", "train")[0][:256]
+
+
+@pytest.fixture(scope="module")
+def network():
+    return load_checkpoint(ROOT / "data" / "models" / "digits-cnn-sigma0.25.safetensors")[0]
+
+
+@pytest.fixture(scope="module")
+def program(network, images):
+    return quantize(network, images, NOISE)
+
+
+@pytest.fixture(scope="module")
+def bases(program):
+    """Base classifiers of the same 8-bit network at two block sizes."""
+    return {block: BaseClassifier(program, (1, 8, 8), block=block) for block in (64, 256)}
+
+
+def votes(base, images, index, n=150):
+    return ModelCounts(base, images[index], NOISE, index=index, progress=False).draw(n)
+
+
+def test_votes_depend_on_nothing_but_the_draw(bases, images):
+    """Order, company, pieces and block size change no vote."""
+    index = np.arange(8)
+    reference = votes(bases[64], images, index)
+    assert np.array_equal(votes(bases[256], images, index), reference)
+    assert np.array_equal(votes(bases[64], images, index[::-1].copy())[::-1], reference)
+    assert np.array_equal(votes(bases[64], images, np.arange(5, 9))[:3], reference[5:])
+    alone = ModelCounts(bases[256], images[[3]], NOISE, index=[3], progress=False)
+    assert np.array_equal(sum(alone.draw(n) for n in (1, 99, 50))[0], reference[3])
+    assert len(np.unique(reference.argmax(axis=1))) > 2
+
+
+def test_stored_network_is_the_same_in_a_new_process(program, bases, images, tmp_path):
+    """Same hash and votes; and neither torch nor torchao says anything."""
+    path = tmp_path / "net.int8.safetensors"
+    save_checkpoint(path, program, {"architecture": "small_cnn", "data": "digits", "sigma": 0.25})
+    loaded, header = load_checkpoint(path)
+    assert header["dtype"] == "int8"
+    assert all(
+        torch.equal(a, loaded.state_dict()[name]) for name, a in program.state_dict().items()
+    )
+    code = f"""
+import numpy as np, torch
+from lib import BaseClassifier, Gaussian, ModelCounts, quantize
+from lib.data import load
+from lib.models import load_checkpoint, model_hash
+network, _ = load_checkpoint({str(path)!r})
+images = load("digits", "train")[0]
+base = BaseClassifier(network, (1, 8, 8), block=64)
+index = np.arange(8)
+votes = ModelCounts(base, images[index], Gaussian(0.25), index=index, progress=False).draw(150)
+again = quantize(load_checkpoint("data/models/digits-cnn-sigma0.25.safetensors")[0], images[:256],
+                 Gaussian(0.25))
+print([model_hash(network), votes.tolist(), base.settings["dtype"], model_hash(again)])
+"""
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    found = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert found.returncode == 0, found.stderr
+    assert found.stderr == ""
+    hash_, counts, dtype, again = json.loads(found.stdout.replace("'", '"'))
+    assert hash_ == again == model_hash(program)
+    assert dtype == "int8"
+    assert np.array_equal(counts, votes(bases[64], images, np.arange(8)))
+
+
+def test_against_integer_arithmetic_by_hand(images):
+    """A linear network: integers multiplied and summed in numpy, scaled once, give its logits."""
+    torch.manual_seed(0)
+    linear = nn.Linear(64, 5)
+    network = nn.Sequential(nn.Flatten(), linear)
+    program = quantize(network, images, NOISE)
+    step = next(
+        entry
+        for entry in json.loads(bytes(program.program.tolist()))["nodes"]
+        if entry[0] == "quantized_decomposed.quantize_per_tensor.default"
+    )
+    _, scale, zero = step[1][:3]
+    state = {name.removeprefix("network."): t for name, t in program.state_dict().items()}
+    weight = next(t for t in state.values() if t.dtype == torch.int8).numpy().astype(np.int64)
+    scales = state["_scale_0"].double().numpy()
+    assert np.allclose(weight * scales[:, None], linear.weight.detach(), atol=scales.max() / 2)
+    x = NOISE.sample(images[:64], torch.Generator().manual_seed(1)).flatten(1).numpy()
+    pixels = np.clip(np.rint(x / np.float32(scale)) + zero, 0, 255).astype(np.int64)
+    logits = (pixels - zero) @ weight.T * (scale * scales) + linear.bias.detach().numpy()
+    base = BaseClassifier(program, (1, 8, 8), block=64)
+    found = base.forward(torch.from_numpy(x).view(64, 1, 8, 8)).numpy()
+    top = np.sort(logits, axis=1)
+    clear = top[:, -1] - top[:, -2] > 1e-3  # elsewhere the last bits of the scaling decide
+    assert clear.sum() > 55
+    assert np.array_equal(found[clear], logits.argmax(axis=1)[clear])
+
+
+def test_8_bits_lose_little(network, bases, images):
+    single = BaseClassifier(
+        network, (1, 8, 8), dtype="float32", block=64, layout="contiguous", compile=False
+    )
+    index = np.arange(20)
+    a, b = votes(single, images, index), votes(bases[64], images, index)
+    assert 0 < np.abs(a - b).sum() / 2 < 0.03 * a.sum()
+
+
+def test_8_bit_or_not_is_the_networks_own(network, program):
+    with pytest.raises(ValueError, match="dtype int8 needs a network that was quantised once"):
+        BaseClassifier(network, (1, 8, 8), dtype="int8")
+    for dtype in (torch.float32, "bfloat16"):
+        with pytest.raises(ValueError, match="dtype must be int8 for a quantised network"):
+            BaseClassifier(program, (1, 8, 8), dtype=dtype)
+    with pytest.raises(ValueError, match="dtype must be one of"):
+        BaseClassifier(network, (1, 8, 8), dtype="int4")
+    with pytest.raises(ValueError, match=r"shape must be \(1, 8, 8\)"):
+        BaseClassifier(program, (1, 16, 16))
+    with pytest.raises(ValueError, match="device must be cpu"):
+        BaseClassifier(program, (1, 8, 8), device="cuda")
+    with pytest.raises(ValueError, match="slow simulation"):
+        BaseClassifier(program, (1, 8, 8), compile=False)
+    with pytest.raises(ValueError, match="8-bit network already"):
+        quantize(program, torch.zeros(4, 1, 8, 8), NOISE)
+
+
+def test_without_compiler_or_products_an_error_says_so(program, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(int8, "_products", lambda: 0)
+        with pytest.raises(ValueError, match="did not compile the network to 8-bit products"):
+            BaseClassifier(program, (1, 8, 8), block=64)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
+        with pytest.raises(ValueError, match="8-bit dot products"):
+            BaseClassifier(program, (1, 8, 8))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(ValueError, match=r"needs a C\+\+ compiler"):
+        BaseClassifier(program, (1, 8, 8))
+
+
+class _Branches(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :3] if x.sum() > 0 else x.flatten(1)[:, 3:6]
+
+
+class _NoLayers(nn.Module):
+    def forward(self, x):
+        return x.flatten(1)[:, :3] * 2
+
+
+class _Random(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(64, 3)
+
+    def forward(self, x):
+        return self.layer(nn.functional.dropout(x.flatten(1), training=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (_Branches(), "cannot be quantised: "),
+        (_NoLayers(), "no convolution or linear layer"),
+        (_Random(), "is random"),
+    ],
+)
+def test_networks_that_cannot_be_quantised(model, reason, images):
+    with pytest.raises(ValueError, match=reason) as found:
+        quantize(model, images[:128], NOISE)
+    assert "\n" not in str(found.value)
+
+
+def test_networks_of_every_layer_kind(images):
+    """Shortcuts, batch norms and a mean over pixels; the float network is left as it was."""
+    torch.manual_seed(0)
+    model = build("cifar_resnet20", "digits").train()
+    before = model_hash(model)
+    program = quantize(model, images[:128], NOISE)
+    assert model_hash(model) == before
+    assert model.training
+    kept = [t for t in program.state_dict().values() if t.dtype == torch.int8]
+    assert len(kept) == 22  # 19 convolutions, 2 shortcuts, 1 linear layer
+    with torch.no_grad():
+        model.eval()
+        assert torch.allclose(program(images[:8]), model(images[:8]), atol=0.2)
+
+
+def test_a_file_holds_operations_of_torch_alone(program, tmp_path):
+    """What is not an operation on tensors is refused, and is never called."""
+    state = program.state_dict()
+    text = bytes(state["program"].tolist()).decode()
+    for name in ("os.system.default", "aten.no_such_thing.default", "_operator.delitem"):
+        damaged = text.replace("aten.relu.default", name).encode()
+        with pytest.raises(ValueError, match="no program of torch operations"):
+            Program(state | {"program": torch.frombuffer(bytearray(damaged), dtype=torch.uint8)})
+    with pytest.raises(ValueError, match="no program of torch operations"):
+        Program({name: tensor for name, tensor in state.items() if name != "network._scale_0"})
+    path = tmp_path / "damaged.safetensors"
+    save_checkpoint(path, program, {"architecture": "small_cnn", "data": "digits"})
+    path.write_bytes(path.read_bytes().replace(b"_frozen_param0", b"_frozen_paramX", 1))
+    with pytest.raises(ValueError, match="is damaged"):
+        load_checkpoint(path)
