@@ -21,7 +21,9 @@ from lib.losses import (
     SmoothAdvLoss,
     StabilityLoss,
 )
+from lib.models import model_hash
 from lib.noise import Gaussian
+from lib.train import Schedule, fit
 
 W = np.array([3.0, -2.0, -2.0, 1.0])
 ALL = [
@@ -439,6 +441,32 @@ def test_under_autocast_and_without_gradients(loss):
     torch.testing.assert_close(rough, exact, rtol=0.1, atol=0.05)
     with torch.no_grad():
         torch.testing.assert_close(value(loss, model, x, y), exact)
+
+
+@every_loss
+def test_a_stopped_training_resumes_to_the_same_weights(loss, tmp_path):
+    """Stopped in its warm-up, after the first of three epochs; also another run's global seed."""
+    if hasattr(loss, "warmup"):
+        loss = dataclasses.replace(loss, warmup=0.9)
+    schedule, state = Schedule(epochs=3, batch=8, lr=0.05), tmp_path / "state"
+
+    def stop(model, history):
+        raise KeyboardInterrupt
+
+    hashes = []
+    for seed, stopped in ((0, False), (0, True)):
+        model, (x, y) = network(seed=seed), batch()
+        if stopped:
+            with pytest.raises(KeyboardInterrupt):
+                train(model, x, y, loss, schedule, state=state, after_epoch=stop)
+            model = network(seed=1)
+        train(model, x, y, loss, schedule, state=state if stopped else None)
+        hashes.append(model_hash(model))
+    assert hashes[0] == hashes[1]
+
+
+def train(model, x, y, loss, schedule, **options):
+    return fit(model, x, y, loss, Gaussian(0.25), schedule, progress=False, **options)
 
 
 # ------------------------------------------------------------------ registry and bad input
