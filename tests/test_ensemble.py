@@ -130,10 +130,10 @@ def test_members_may_be_of_different_architectures():
 def test_an_ensemble_is_certified_as_a_network(vote):
     """Votes of the engine are the argmax of the ensemble's scores on the same noise."""
     ensemble, x, noise = Ensemble(networks(K), **options(vote)), images(3), Gaussian(0.25)
-    counts = ModelCounts(ensemble, x, noise, seed=4, calibrate=False, compile=False)
+    counts = ModelCounts(ensemble, x, noise, seed=4, tune=False, compile=False)
     found = certify(counts, noise, 20, 180, 0.01)
     assert len(found) == 3
-    again = ModelCounts(ensemble, x, noise, seed=4, calibrate=False, compile=False)
+    again = ModelCounts(ensemble, x, noise, seed=4, tune=False, compile=False)
     noisy = torch.stack([again._noisy(i, range(2)) for i in range(3)])
     with torch.no_grad():
         votes = ensemble(noisy.flatten(0, 1)).argmax(dim=1).view(3, 200)
