@@ -11,10 +11,8 @@ import argparse
 import platform
 import statistics
 
-# isort: off (this sets one thread before numpy is loaded)
-from benchmarks.samplers import processor, seconds
-
-# isort: on
+# One thread is set there, before numpy is loaded.
+from benchmarks.samplers import processor, seconds  # isort: skip
 
 import numpy as np
 import scipy

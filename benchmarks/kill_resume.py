@@ -19,10 +19,8 @@ import time
 
 STARTS = 3.0  # seconds, about, until a process counts (under torchrun twice as many)
 ROOT = pathlib.Path(__file__).parent.parent
-JOB = (
-    "certify digits-cnn-sigma0.50 --sigma 0.5 --N0 100 --N 20000 --dtype float32 --block 256 "
-    "--no-compile --layout contiguous"
-).split()
+JOB = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--N0", "100", "--N", "20000"]
+JOB += ["--dtype", "float32", "--block", "256", "--no-compile", "--layout", "contiguous"]
 
 
 def start(out, processes):

@@ -1,4 +1,4 @@
-"""Checkpoint files: ours (safetensors with a JSON header), and the published formats of the field.
+"""Checkpoint files: ours (safetensors with a JSON header), and those that others publish.
 
 Files hold weights and facts; the network that they fit is built by lib.models.
 """

@@ -6,10 +6,13 @@ import pathlib
 
 
 def write_atomically(path, data):
-    """Write bytes to `path`: a kill at any moment leaves the old file or the new one whole."""
+    """Write bytes to `path`, whole or not at all.
+
+    A kill at any moment leaves the old file or the new one, never a part.
+    """
     path = pathlib.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    # One temporary name a process: two writers of one path cannot mix their bytes.
+    # One temporary name per process: two writers of one path cannot mix their bytes.
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:

@@ -1,4 +1,4 @@
-"""Records of Monte Carlo votes, and the field's tab-separated certification logs."""
+"""Records of Monte Carlo votes."""
 
 import dataclasses
 import io
@@ -13,7 +13,12 @@ from lib.store.files import read_bytes, sha256, write_atomically
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """Votes of one Monte Carlo run: counts int64 [B, C], index and labels int64 [B] in the data set, header (provenance, a flat dict)."""
+    """Votes of one Monte Carlo run.
+
+    - counts: int64 [B, C].
+    - index, labels: int64 [B], places in the data set, and true classes.
+    - header: provenance, a dict.
+    """
 
     counts: np.ndarray
     index: np.ndarray
@@ -30,10 +35,16 @@ class Record:
 
 
 def save_counts(path, counts, index, labels, **header):
-    """Write a record: an npz that np.load opens, with a JSON header and, in the archive's comment, the SHA-256 of all bytes before it.
+    """Write a record: an npz that np.load opens, whole or not at all.
 
-    counts: whole numbers [B, C]. index, labels: [B]. header: provenance (sigma, seed, model, dtype, ...), stored as JSON. The same content
-    gives the same bytes. Never leaves a partial file. Raises ValueError naming the argument.
+    Its header is JSON; the archive's comment holds the SHA-256 of all bytes before it. The same
+    content gives the same bytes.
+
+    - counts: whole numbers [B, C].
+    - index, labels: whole numbers [B].
+    - header: provenance (noise, seed, model, dtype, ...).
+
+    Raises ValueError naming the argument.
     """
     counts = check_counts(counts)
     arrays = {
@@ -58,14 +69,18 @@ def _smallest(array):
 
 
 def load_counts(path, **expected):
-    """Read a record of `save_counts` as a Record, refusing damage: a single flipped, missing or added byte is a ValueError.
+    """Read a record of `save_counts` as a Record, refusing any damage.
 
-    expected: header entries that must agree (load_counts(path, sigma=0.5)); a ValueError names the one that does not.
+    A single flipped, missing or added byte is a ValueError.
+
+    - expected: header entries that must agree (load_counts(path, seed=3)); a ValueError names the
+      one that does not.
     """
     data = read_bytes(path, "name a record written by save_counts, or compute it (make records)")
     if len(data) < 64 or sha256(data[:-64]).encode() != data[-64:]:
         raise ValueError(
-            f"{path} is damaged or no record: its checksum does not match. Restore it (git checkout), or compute it again"
+            f"{path} is damaged or no record: its checksum does not match. Restore it (git "
+            "checkout), or compute it again"
         )
     with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
         header = json.loads(str(arrays["header"]))
@@ -78,6 +93,7 @@ def load_counts(path, **expected):
     for name, value in expected.items():
         if header.get(name) != value:
             raise ValueError(
-                f"{path} was recorded with {name} = {header.get(name)!r}, not {value!r}: name the right record, or record anew"
+                f"{path} was recorded with {name} = {header.get(name)!r}, not {value!r}: name the "
+                "right record, or record anew"
             )
     return record
