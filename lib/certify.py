@@ -160,7 +160,7 @@ def certify_margin(counts, noise, n0, n, alpha, share=0.9):
         prediction=np.where(certain, prediction, ABSTAIN),
         radius=np.where(certain, radius, 0.0),
         p_lower=lower,
-        n=np.broadcast_to(np.asarray(n0 + n, dtype=np.int64), len(counts)).copy(),
+        n=np.broadcast_to(np.add(n0, n), prediction.shape).astype(np.int64),
     )
 
 
@@ -184,7 +184,7 @@ def certify_partition(counts, noise, n0, n, alpha, merge=True):
     check_level(alpha=alpha)
     check_noise(counts, noise)
     first = counts.draw(n0)
-    prediction, at = first.argmax(axis=1), np.arange(len(counts))
+    prediction, at = first.argmax(axis=1), np.arange(len(first))
     first[at, prediction] = -1
     order = np.argsort(-first, axis=1, kind="stable")[:, :-1]  # the other classes, frequent first
     votes = counts.draw(n)
@@ -194,8 +194,8 @@ def certify_partition(counts, noise, n0, n, alpha, merge=True):
     rank = np.arange(order.shape[1])
     rest = np.where(rank >= np.reshape(alone, (-1, 1)), votes, 0).sum(axis=1)
     largest = np.where(rank < np.reshape(alone, (-1, 1)), votes, 0).max(axis=1, initial=0)
-    groups = 1 + np.broadcast_to(alone, len(counts)) + (alone < order.shape[1])
-    lower, upper = np.zeros(len(counts)), np.ones(len(counts))
+    groups = 1 + np.broadcast_to(alone, len(at)) + (alone < order.shape[1])
+    lower, upper = np.zeros(len(at)), np.ones(len(at))
     for g in np.unique(groups):
         these = groups == g
         most = np.maximum(largest, rest)[these]
@@ -206,7 +206,7 @@ def certify_partition(counts, noise, n0, n, alpha, merge=True):
         prediction=np.where(radius > 0, prediction, ABSTAIN),
         radius=radius,
         p_lower=lower,
-        n=np.full(len(counts), n0 + n, dtype=np.int64),
+        n=np.full(len(at), n0 + n, dtype=np.int64),
     )
 
 
