@@ -316,7 +316,7 @@ def error(boundaries, alone=False):
 def compute(null, n, alpha, beta=None, alone=False):
     """As `design`, without the cache and the checks."""
     cap = 1.35 if beta is None else 1.2
-    while cap < 4:
+    while cap < 2:
         found = _at_level(null, n, alpha, beta, alone, math.ceil(cap * n - 1e-9))
         if found is not None:
             return found

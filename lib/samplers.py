@@ -42,10 +42,13 @@ class Sampler:
     - fixed: whether every example takes `most` draws, whatever its votes are. Only then can the
       votes be replayed under another sampler, and the run be continued to more draws.
     - certifies: whether it makes certificates, or only records votes.
+    - standard: draws of the CERTIFY that reaches the same radii, for SampleRF; None: not asked.
+    - failure(p, noise), where it has one: P(false certificate) for two classes, exactly.
     - __call__(counts, noise): the Certificates of the examples of `counts`.
     """
 
     fixed = False
+    standard = None
     certifies = True
 
     def describe(self):
@@ -219,6 +222,12 @@ class Adaptive(Sampler):
     first = property(lambda self: self.n0)
     most = property(lambda self: self.n0 + sum(self.sizes))
 
+    @property
+    def standard(self):
+        """n0 and the n whose largest radius the last stage reaches (theorem 6.1.3)."""
+        share = 1 - np.log(len(self.sizes)) / np.log(self.alpha)
+        return self.n0 + int(self.sizes[-1] / share)
+
     def __call__(self, counts, noise):
         return certify_at(
             counts, noise, self.radii[0], self.sizes, self.alpha, self.beta, n0=self.n0
@@ -255,6 +264,7 @@ class Anytime(Sampler):
     first = property(lambda self: self.n0 if self.runner_up else min(100, self.n))
     # A cap above 1.35 n is needed for few n; the table of the radius says how much.
     most = property(lambda self: self.n0 + 2 * self.n)
+    standard = property(lambda self: 100 + self.n)
 
     def __call__(self, counts, noise):
         radii = self.radii[0] if len(self.radii) == 1 else self.radii
@@ -287,7 +297,7 @@ class Staircase(Sampler):
         check_level(alpha=self.alpha)
 
     first = property(lambda self: self.n0)
-    most = property(lambda self: self.n0 + self.n)
+    most = standard = property(lambda self: self.n0 + self.n)
 
     def __call__(self, counts, noise):
         return certify_staircase(counts, noise, self.n0, self.n, self.alpha, self.price, self.looks)
