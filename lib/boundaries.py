@@ -111,12 +111,7 @@ def _stopped(boundaries, p, exact=False):
     """Yields for each look (counts that certify, their mass, counts that abstain, their mass)."""
     low, mass, before = 0, np.ones(1), 0
     for n, b, a in zip(boundaries.looks, boundaries.certify, boundaries.abstain, strict=True):
-        if boundaries.fresh:
-            share = mass.sum()
-            low, mass = _steps(n, p)
-            mass = mass * share
-        else:
-            low, mass = _advance(low, mass, n - before, p, n, exact)
+        low, mass = _advance(low, mass, n - before, p, n, exact)
         before = n
         k = low + np.arange(len(mass))
         up, down = k >= b, k <= a
@@ -140,12 +135,18 @@ def _binding_above(boundaries):
 
 
 def outcomes(boundaries, p):
-    """Exact shares of the outcomes of one class of probability p.
+    """Exact shares of the outcomes of one class of probability p, a chain of its own for each p.
 
     Returns (certified [P, J], abstained [P, J]), for p of shape [P]: the probability to certify and
     to abstain at each look. Their sum over both is 1.
     """
     p = np.atleast_1d(np.asarray(p, dtype=np.float64))
+    if boundaries.fresh:
+        up = binom.sf(boundaries.certify - 1, boundaries.looks, p[:, None])
+        down = binom.cdf(boundaries.abstain, boundaries.looks, p[:, None])
+        left = np.cumprod(1 - up - down, axis=1)
+        reached = np.concatenate([np.ones((len(p), 1)), left[:, :-1]], axis=1)
+        return up * reached, down * reached
     result = np.zeros((2, len(p), len(boundaries.looks)))
     for i, share in enumerate(p):
         for j, (_, up, _, down) in enumerate(_stopped(boundaries, share, exact=True)):
@@ -162,7 +163,7 @@ def reweighted(boundaries, p, around=None):
     """
     if boundaries.fresh:
         return outcomes(boundaries, p)
-    p = np.atleast_1d(np.asarray(p, dtype=np.float64))
+    p, again = np.unique(np.asarray(p, dtype=np.float64), return_inverse=True)
     base = boundaries.null if around is None else around
     with np.errstate(divide="ignore"):
         hit, miss = np.log(p / base), np.log1p(-p) - np.log1p(-base)
@@ -175,7 +176,7 @@ def reweighted(boundaries, p, around=None):
                     # 0 misses at p = 1: 0 times -inf is 0.
                     log = k * hit[:, None] + np.nan_to_num((n - k) * miss[:, None], nan=0.0)
                 result[side, :, j] = np.exp(log) @ mass
-    return result[0], result[1]
+    return result[0][again.ravel()], result[1][again.ravel()]
 
 
 # ------------------------------------------------------------------ designs
