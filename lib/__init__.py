@@ -1,12 +1,21 @@
 """Randomized smoothing: certified robustness of any classifier by voting under noise."""
 
+from lib.adaptive import certify_anytime, certify_at, certify_staircase, last_stage_size
+from lib.audit import audit, verdict
 from lib.bounds import (
     certified_accuracy_lower,
     clopper_pearson_lower,
     clopper_pearson_upper,
     top_class_pvalue,
 )
-from lib.certify import ABSTAIN, Certificates, certify, predict
+from lib.certify import (
+    ABSTAIN,
+    Certificates,
+    certify,
+    certify_margin,
+    certify_partition,
+    predict,
+)
 from lib.counts import RecordedCounts, SimulatedCounts
 from lib.engine.classifier import BaseClassifier
 from lib.engine.int8 import quantize
@@ -24,17 +33,25 @@ __all__ = [
     "RecordedCounts",
     "SampleSizeMap",
     "SimulatedCounts",
+    "audit",
     "certified_accuracy_lower",
     "certify",
+    "certify_anytime",
+    "certify_at",
     "certify_iss",
+    "certify_margin",
+    "certify_partition",
+    "certify_staircase",
     "clopper_pearson_lower",
     "clopper_pearson_upper",
     "cohen_radius",
+    "last_stage_size",
     "lecuyer_radius",
     "li_radius",
     "predict",
     "quantize",
     "sample_size_map",
     "top_class_pvalue",
+    "verdict",
 ]
 __version__ = "0.1.0"

@@ -21,6 +21,8 @@ from tqdm.auto import tqdm
 import lib
 from lib import data as datasets
 from lib import models, zoo
+from lib.audit import audit as audited
+from lib.audit import verdict, worst
 from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
 from lib.losses import LOSSES
@@ -302,8 +304,42 @@ def certify(
             f"{done} examples certified in {time.perf_counter() - begin:.1f} s, "
             f"{len(index) - done} were done before: {out}, record {out}.npz"
         )
+        if standard := getattr(job_sampler, "standard", None):
+            mean = float(read_log(out)["n"].mean())
+            _say(
+                f"SampleRF {standard / mean:.2f}: {mean:,.0f} draws per example, where CERTIFY of "
+                f"the same reach takes {standard:,}"
+            )
         if job.certifies:
             _print_report(summarize({str(out): read_log(out)}), as_json)
+
+
+@command(NOISES, SAMPLERS)
+def audit(
+    noise: Annotated[Literal[*NOISES], typer.Option(help="Smoothing distribution.")] = "Gaussian",
+    sampler: Literal[*SAMPLERS] = "certify",
+    runs: Annotated[int, typer.Option(help="Simulated examples of each truth.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="Of the simulation.")] = 0,
+    as_json: AsJson = False,
+    **options,
+):
+    """Audit a sampler: how often it is wrong at known class probabilities, against its alpha.
+
+    Exit code 1 where it fails. A sampler of your own: lib.audit.audit(sampler, noise).
+    """
+    chosen = _take(options, SAMPLERS, sampler)
+    if not chosen.certifies:
+        raise typer.BadParameter(f"sampler {sampler} makes no certificates")
+    table = audited(chosen, _take(options, NOISES, noise), runs=runs, seed=seed)
+    found, most = verdict(table), worst(table)
+    if as_json:
+        rows = table.astype(object).where(table.notna(), None).to_dict("records")
+        print(json.dumps({"verdict": found, "worst": most["rate"], "rows": rows}))
+    else:
+        print(table.round(4).to_string(index=False, na_rep="-"))
+        print(f"{sampler} {found}: at worst {most['rate']:.3f} alpha, at p = {most['p']:.6g}")
+    if found == "fails":
+        raise SystemExit(1)
 
 
 @command(NOISES, LOSSES, Schedule)

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pandas as pd
 
-from lib.bounds import clopper_pearson_lower, top_class_pvalue
+from lib.bounds import clopper_pearson_lower, clopper_pearson_upper, top_class_pvalue
 from lib.checks import check_draws, check_labels, check_level, check_noise
 
 ABSTAIN = -1
@@ -111,3 +111,107 @@ def certify(counts, noise, n0, n, alpha, prediction=None):
     # Fresh draws: the ones that chose the class would make the bound too high.
     p_lower = clopper_pearson_lower(votes_for(prediction, counts.draw(n)), n, alpha)
     return Certificates.from_bounds(prediction, p_lower, noise, draws=np.add(n0, n))
+
+
+def certify_margin(counts, noise, n0, n, alpha, share=0.9):
+    """CERTIFY with the runner-up counted: the radius of two probabilities, at full alpha.
+
+    n0 draws choose the class A; then, from n fresh draws with counts k,
+
+        L = CPlower(k_A, n, share alpha)
+        U = min(CPupper(max of the other counts, n, (1 - share) alpha), 1 - L)
+
+    and the radius is the noise's radius_two(L, U), for the Gaussian
+    sigma/2 (Phi^-1(L) - Phi^-1(U)) (Cohen et al. 2019, theorem 1); where it is 0 it abstains.
+
+    Guarantee: for each example, with probability >= 1 - alpha over the draws, either it is
+    abstained on or the smoothed classifier returns the given class on the whole open ball of the
+    given radius. No union over the classes is paid: let B be the truly likeliest other class, a
+    fixed one, not one that the draws choose. U is at least CPupper(k_B, n, (1 - share) alpha),
+    because CPupper rises with the count, or it is 1 - L, which bounds p_B wherever L <= p_A. So the
+    radius is above the true one only if L > p_A or CPupper(k_B) < p_B: probability at most
+    share alpha + (1 - share) alpha. A wrong class has a true radius of 0 and is covered by the same
+    line. To take the count of a class that the selection draws named runner-up would be unsound:
+    that one may be less likely than B.
+
+    - counts: source of votes for B examples; n0 + n draws of each are taken.
+    - noise: smoothing distribution with a `radius_two`; its norm and units are the radius's.
+    - n0: draws that choose the class. n: fresh draws for both bounds.
+    - alpha: one-sided failure probability per example, in (0, 1).
+    - share: of alpha for the class's own bound, in (0, 1); from .5 to .95 it hardly matters.
+
+    Returns Certificates of B examples; p_lower is L, which may lie below 1/2 where U does, too.
+    With two classes this is CERTIFY at share alpha. Raises ValueError naming the argument.
+    """
+    check_draws(n0=n0, n=n)
+    check_level(alpha=alpha, share=share)
+    check_noise(counts, noise)
+    if not hasattr(noise, "radius_two"):
+        raise ValueError(f"noise must have a radius of two probabilities (radius_two); got {noise}")
+    prediction = counts.draw(n0).argmax(axis=1)
+    votes = counts.draw(n)
+    hits = votes_for(prediction, votes)
+    np.put_along_axis(votes, prediction[:, None], 0, axis=1)
+    lower = clopper_pearson_lower(hits, n, share * alpha)
+    upper = clopper_pearson_upper(votes.max(axis=1), n, (1 - share) * alpha)
+    radius = noise.radius_two(lower, np.minimum(upper, 1 - lower))
+    certain = radius > 0
+    return Certificates(
+        prediction=np.where(certain, prediction, ABSTAIN),
+        radius=np.where(certain, radius, 0.0),
+        p_lower=lower,
+        n=np.broadcast_to(np.add(n0, n), prediction.shape).astype(np.int64),
+    )
+
+
+def certify_partition(counts, noise, n0, n, alpha, merge=True):
+    """The radius of two probabilities with a union bound over groups of classes.
+
+    n0 draws choose the class A and, with merge=True, a partition of the others (class partitioning,
+    Delattre et al., AISTATS 2025): the runner-up alone, then the next most frequent ones alone
+    until the rest together has no more selection draws than the runner-up, then that rest as one
+    group. With merge=False every class is a group (Bonferroni over classes; Cohen et al. 2019
+    remark on it, Lecuyer et al. 2019 do so). With G groups, A among them, each bound takes alpha/G;
+    the largest of the groups' upper bounds, or one less the lower bound of A, is that of p_B.
+
+    Guarantee: as CERTIFY's. All G bounds hold together with probability >= 1 - alpha given the
+    selection draws, and each other class is at most as likely as its group.
+    For comparison: `certify_margin` pays for no union.
+
+    Arguments, return value and errors are those of `certify_margin`.
+    """
+    check_draws(n0=n0, n=n)
+    check_level(alpha=alpha)
+    check_noise(counts, noise)
+    first = counts.draw(n0)
+    prediction, at = first.argmax(axis=1), np.arange(len(first))
+    first[at, prediction] = -1
+    order = np.argsort(-first, axis=1, kind="stable")[:, :-1]  # the other classes, frequent first
+    votes = counts.draw(n)
+    hits = votes[at, prediction]
+    votes = np.take_along_axis(votes, order, axis=1)
+    alone = _alone(np.take_along_axis(first, order, axis=1)) if merge else order.shape[1]
+    rank = np.arange(order.shape[1])
+    rest = np.where(rank >= np.reshape(alone, (-1, 1)), votes, 0).sum(axis=1)
+    largest = np.where(rank < np.reshape(alone, (-1, 1)), votes, 0).max(axis=1, initial=0)
+    groups = 1 + np.broadcast_to(alone, len(at)) + (alone < order.shape[1])
+    lower, upper = np.zeros(len(at)), np.ones(len(at))
+    for g in np.unique(groups):
+        these = groups == g
+        most = np.maximum(largest, rest)[these]
+        lower[these] = clopper_pearson_lower(hits[these], n, alpha / g)
+        upper[these] = clopper_pearson_upper(most, n, alpha / g)
+    radius = noise.radius_two(lower, np.minimum(upper, 1 - lower))
+    return Certificates(
+        prediction=np.where(radius > 0, prediction, ABSTAIN),
+        radius=radius,
+        p_lower=lower,
+        n=np.full(len(at), n0 + n, dtype=np.int64),
+    )
+
+
+def _alone(ordered):
+    """How many of the other classes, most frequent first, get a group of their own: int64 [B]."""
+    rest = ordered.sum(axis=1, keepdims=True) - np.cumsum(ordered, axis=1)
+    # The first group after which the rest is no more frequent than the runner-up.
+    return np.argmax(rest <= ordered[:, :1], axis=1) + 1

@@ -163,6 +163,19 @@ class Gaussian(Noise):
         """
         return np.maximum(0.0, self.level * ndtri(check_probability(p_lower, "p_lower")))[()]
 
+    def radius_two(self, p_a, p_b):
+        """Certified l2 radius sigma/2 (Phi^-1(p_a) - Phi^-1(p_b)), 0 where p_a <= p_b.
+
+        - p_a: lower bound of the top class's probability, in [0, 1].
+        - p_b: upper bound of every other class's, in [0, 1].
+
+        Cohen et al. 2019, theorem 1. With p_b = 1 - p_a it is `radius`.
+        """
+        p_a, p_b = check_probability(p_a, "p_a"), check_probability(p_b, "p_b")
+        with np.errstate(invalid="ignore"):
+            gap = ndtri(p_a) - ndtri(p_b)
+        return np.where(p_a > p_b, self.level / 2 * gap, 0.0)[()]
+
     def probability(self, radius):
         """The top-class probability Phi(radius / sigma) that certifies `radius`."""
         return ndtr(check_radius(radius) / self.level)[()]

@@ -16,10 +16,19 @@ A sampler of your own is one registered class. Its fields become options of the 
 import dataclasses
 
 import numpy as np
+from scipy.stats import binom
 
-from lib.certify import ABSTAIN, Certificates, certify
+from lib.adaptive import (
+    certify_anytime,
+    certify_at,
+    certify_staircase,
+    failure_staircase,
+    staircase,
+)
+from lib.boundaries import bonferroni, certify_count, design, outcomes, two_classes
+from lib.certify import ABSTAIN, Certificates, certify, certify_margin, certify_partition
 from lib.checks import check_draws, check_level
-from lib.iss import KINDS, certify_iss, sample_size_map
+from lib.iss import KINDS, certify_iss, failure_rate, sample_size_map
 from lib.store.registry import Registry, option
 
 SAMPLERS = Registry("sampler")
@@ -33,10 +42,13 @@ class Sampler:
     - fixed: whether every example takes `most` draws, whatever its votes are. Only then can the
       votes be replayed under another sampler, and the run be continued to more draws.
     - certifies: whether it makes certificates, or only records votes.
+    - standard: draws of the CERTIFY that reaches the same radii, for SampleRF; None: not asked.
+    - failure(p, noise), where it has one: P(false certificate) for two classes, exactly.
     - __call__(counts, noise): the Certificates of the examples of `counts`.
     """
 
     fixed = False
+    standard = None
     certifies = True
 
     def describe(self):
@@ -64,6 +76,14 @@ class Certify(Sampler):
     def __call__(self, counts, noise):
         return certify(counts, noise, self.n0, self.n, self.alpha)
 
+    def failure(self, p, noise):
+        """P(false certificate) for two classes, exactly: the sum over both choices of the class."""
+        rates = []
+        for chosen, q in _chosen(self.n0, p):
+            least = certify_count(max(q, 0.5), self.n, self.alpha)
+            rates.append(chosen * binom.sf(least - 1, self.n, q))
+        return float(sum(rates))
+
 
 @register("iss")
 @dataclasses.dataclass(frozen=True)
@@ -90,6 +110,11 @@ class InputSpecific(Sampler):
         sizes = sample_size_map(self.n, self.decline, self.kind, noise, self.alpha)
         return certify_iss(counts, noise, self.n0, self.n, sizes, self.alpha, self.reuse)
 
+    def failure(self, p, noise):
+        """P(false certificate) for two classes, exactly."""
+        sizes = sample_size_map(self.n, self.decline, self.kind, noise, self.alpha)
+        return failure_rate(p, self.n0, sizes, self.reuse)
+
 
 @register("record")
 @dataclasses.dataclass(frozen=True)
@@ -114,3 +139,176 @@ class RecordVotes(Sampler):
             p_lower=np.zeros(size),
             n=np.full(size, self.n),
         )
+
+
+def _numbers(text, kind):
+    """Numbers of an option: "100,1000", one number, or several, as a tuple."""
+    parts = text.split(",") if isinstance(text, str) else np.atleast_1d(text).tolist()
+    try:
+        return tuple(kind(part) for part in parts)
+    except ValueError as error:
+        raise ValueError(f"an option must be numbers between commas; got {text!r}") from error
+
+
+@register("margin")
+@dataclasses.dataclass(frozen=True)
+class Margin(Sampler):
+    """CERTIFY with the runner-up counted, without a union over classes (certify_margin)."""
+
+    n0: int = option(100, "Draws that choose the class.")
+    n: int = option(100_000, "Draws for the bound (the most, where the sampler decides).")
+    alpha: float = option(0.001, "Failure probability per example, one-sided.")
+    share: float = option(0.9, "Fraction of alpha for the class's own bound.")
+    fixed = True
+
+    def __post_init__(self):
+        check_draws(n0=self.n0, n=self.n)
+        check_level(alpha=self.alpha, share=self.share)
+
+    first = property(lambda self: self.n0)
+    most = property(lambda self: self.n0 + self.n)
+
+    def __call__(self, counts, noise):
+        return certify_margin(counts, noise, self.n0, self.n, self.alpha, self.share)
+
+    def failure(self, p, noise):
+        """P(false certificate) for two classes, exactly: CERTIFY at share alpha."""
+        return Certify(self.n0, self.n, self.share * self.alpha).failure(p, noise)
+
+
+@register("partition")
+@dataclasses.dataclass(frozen=True)
+class Partition(Sampler):
+    """The runner-up counted, with a union bound over groups of classes (certify_partition)."""
+
+    n0: int = option(100, "Draws that choose the class.")
+    n: int = option(100_000, "Draws for the bound (the most, where the sampler decides).")
+    alpha: float = option(0.001, "Failure probability per example, one-sided.")
+    merge: bool = option(True, "Group rare classes (else Bonferroni over all classes).")
+    fixed = True
+
+    def __post_init__(self):
+        check_draws(n0=self.n0, n=self.n)
+        check_level(alpha=self.alpha)
+
+    first = property(lambda self: self.n0)
+    most = property(lambda self: self.n0 + self.n)
+
+    def __call__(self, counts, noise):
+        return certify_partition(counts, noise, self.n0, self.n, self.alpha, self.merge)
+
+
+@register("adaptive")
+@dataclasses.dataclass(frozen=True)
+class Adaptive(Sampler):
+    """CERTIFYADP: one radius, in stages of fresh draws (lib.adaptive.certify_at)."""
+
+    radius: str = option("0.5", "The radius to certify, or rising ones between commas.")
+    stages: str = option("100,1000,10000,120000", "Draws of each stage, between commas.")
+    n0: int = option(100, "Draws that choose the class.")
+    alpha: float = option(0.001, "Failure probability per example, one-sided.")
+    beta: float = option(0.001, "Failure probability of an early abstention.")
+
+    def __post_init__(self):
+        check_draws(n0=self.n0, stages=self.sizes)
+        check_level(alpha=self.alpha, beta=self.beta)
+        if len(self.radii) > 1:
+            raise ValueError(f"radius must be one number (a grid: anytime); got {self.radius}")
+        object.__setattr__(self, "stages", ",".join(map(str, self.sizes)))
+        object.__setattr__(self, "radius", repr(self.radii[0]))
+
+    sizes = property(lambda self: _numbers(self.stages, int))
+    radii = property(lambda self: _numbers(self.radius, float))
+    first = property(lambda self: self.n0)
+    most = property(lambda self: self.n0 + sum(self.sizes))
+
+    @property
+    def standard(self):
+        """n0 and the n whose largest radius the last stage reaches (theorem 6.1.3)."""
+        share = 1 - np.log(len(self.sizes)) / np.log(self.alpha)
+        return self.n0 + int(self.sizes[-1] / share)
+
+    def __call__(self, counts, noise):
+        return certify_at(
+            counts, noise, self.radii[0], self.sizes, self.alpha, self.beta, n0=self.n0
+        )
+
+    def failure(self, p, noise):
+        """P(false certificate) for two classes, exactly."""
+        test = bonferroni(noise.probability(self.radii[0]), self.sizes, self.alpha, self.beta)
+        return sum(
+            chosen * outcomes(test, q)[0].sum()
+            for chosen, q in _chosen(self.n0, p)
+            if q < test.null or q < 0.5
+        )
+
+
+@register("anytime")
+@dataclasses.dataclass(frozen=True)
+class Anytime(Sampler):
+    """One radius, or the largest of a grid, from one stream of draws (certify_anytime)."""
+
+    radius: str = option("0.5", "The radius to certify, or rising ones between commas.")
+    n: int = option(100_000, "Draws of the CERTIFY to keep up with; up to 1.35 times as many.")
+    alpha: float = option(0.001, "Failure probability per example, one-sided.")
+    beta: float | None = option(None, "Failure probability of an early abstention, if promised.")
+    runner_up: bool = option(False, "Count the second class, too (one radius only).")
+    n0: int = option(100, "Draws that choose the class, with runner_up alone.")
+
+    def __post_init__(self):
+        check_draws(n0=self.n0, n=self.n)
+        check_level(alpha=self.alpha, **({} if self.beta is None else {"beta": self.beta}))
+        object.__setattr__(self, "radius", ",".join(map(repr, self.radii)))
+
+    radii = property(lambda self: _numbers(self.radius, float))
+    first = property(lambda self: self.n0 if self.runner_up else min(100, self.n))
+    # A cap above 1.35 n is needed for few n; the table of the radius says how much.
+    most = property(lambda self: self.n0 + 2 * self.n)
+    standard = property(lambda self: 100 + self.n)
+
+    def __call__(self, counts, noise):
+        radii = self.radii[0] if len(self.radii) == 1 else self.radii
+        return certify_anytime(
+            counts, noise, radii, self.n, self.alpha, self.beta, self.runner_up, self.n0
+        )
+
+    def failure(self, p, noise):
+        """P(false certificate) for two classes, exactly; NaN for a grid or with runner_up."""
+        if len(self.radii) > 1 or self.runner_up:
+            return np.nan
+        test = design(noise.probability(self.radii[0]), self.n, self.alpha, self.beta)
+        first, second, _ = two_classes(test, p).sum(axis=1)
+        return sum(s for s, q in ((first, p), (second, 1 - p)) if q < test.null or q < 0.5)
+
+
+@register("staircase")
+@dataclasses.dataclass(frozen=True)
+class Staircase(Sampler):
+    """The largest radius, with few draws where more would hardly raise it (certify_staircase)."""
+
+    n0: int = option(100, "Draws that choose the class.")
+    n: int = option(100_000, "Draws for the bound (the most, where the sampler decides).")
+    alpha: float = option(0.001, "Failure probability per example, one-sided.")
+    price: float = option(0.4, "Of n draws, in radius / sigma: saves draws, costs radius.")
+    looks: int = option(12, "Looks at the votes.")
+
+    def __post_init__(self):
+        check_draws(n0=self.n0, n=self.n, looks=self.looks)
+        check_level(alpha=self.alpha)
+
+    first = property(lambda self: self.n0)
+    most = standard = property(lambda self: self.n0 + self.n)
+
+    def __call__(self, counts, noise):
+        return certify_staircase(counts, noise, self.n0, self.n, self.alpha, self.price, self.looks)
+
+    def failure(self, p, noise):
+        """P(false certificate) for two classes, exactly."""
+        steps = staircase(self.n, self.alpha, self.price, self.looks)
+        return sum(s * failure_staircase(*steps, self.alpha, q) for s, q in _chosen(self.n0, p))
+
+
+def _chosen(n0, p):
+    """((P(the first of two classes is chosen), p), (the second, 1 - p)); a tie names the first."""
+    second = float(binom.cdf((n0 - 1) // 2, n0, p))
+    return (1 - second, p), (second, 1 - p)

@@ -4,11 +4,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from audit import audit, certify_cases, exact_rate, predict_cases, run_certify, run_predict
 from scipy.stats import binomtest, norm
 from statsmodels.stats.proportion import proportion_confint
 
-from lib.certify import ABSTAIN, Certificates, certify, predict
+from lib.certify import ABSTAIN, Certificates, certify, certify_margin, certify_partition, predict
 from lib.counts import RecordedCounts, SimulatedCounts
 from lib.noise import Gaussian
 
@@ -149,31 +148,6 @@ def test_certificates_as_a_table():
     np.testing.assert_array_equal(plain["radius"], found.radius)
 
 
-@pytest.mark.parametrize(("probabilities", "alpha"), certify_cases())
-def test_certify_keeps_its_promise(probabilities, alpha):
-    """False certificates are no more frequent than alpha, and as frequent as computed."""
-    row = audit(run_certify, probabilities, alpha)
-    exact = exact_rate(probabilities[0], alpha)
-    assert row["p-value"] > 1e-4
-    assert exact <= alpha
-    assert binomtest(row["false"], row["runs"], exact).pvalue > 1e-4
-
-
-def test_the_audit_sees_a_broken_sampler():
-    """The audit finds the mistake that CERTIFY avoids.
-
-    Here the probability is bounded by the very draws that chose the class.
-    """
-
-    def reuse(counts, alpha):
-        votes = counts.draw(1000)
-        return certify(Scripted(votes, votes), Gaussian(0.5), n0=1000, n=1000, alpha=alpha)
-
-    row = audit(reuse, [0.5, 0.5], 0.01)
-    assert row["false / alpha"] > 1.5
-    assert row["p-value"] < 1e-10
-
-
 def test_predict_by_hand():
     """10 to 0: p-value 2 / 1024. 9 to 1: 22 / 1024. A tie and a third class never decide."""
     source = [[10, 0, 0], [1, 9, 0], [5, 5, 0], [0, 0, 10], [6, 2, 2]]
@@ -204,14 +178,74 @@ def test_predict_of_one_class_alone():
     )
 
 
-@pytest.mark.parametrize(("probabilities", "alpha"), predict_cases())
-def test_predict_keeps_its_promise(probabilities, alpha):
-    assert audit(run_predict, probabilities, alpha)["p-value"] > 1e-4
+# ------------------------------------------------------------------ the runner-up counted
 
 
-def test_predict_is_wrong_about_half_alpha_at_a_tie():
-    """At a tie the two-sided test errs on either side equally.
+def test_certify_margin_by_hand():
+    """Both bounds with statsmodels, the largest other count, and abstention at a radius of 0."""
+    first = [[9, 0, 1], [9, 0, 1], [9, 0, 1]]
+    second = [[700, 100, 200], [450, 300, 250], [360, 340, 300]]
+    found = certify_margin(Scripted(first, second), Gaussian(0.5), 10, 1000, 0.01)
+    for i, (k, rival) in enumerate([(700, 200), (450, 300), (360, 340)]):
+        low = proportion_confint(k, 1000, alpha=0.018, method="beta")[0]
+        high = proportion_confint(rival, 1000, alpha=0.002, method="beta")[1]
+        radius = 0.25 * (norm.ppf(low) - norm.ppf(high))
+        assert found.p_lower[i] == pytest.approx(low, rel=1e-9)
+        assert found.radius[i] == pytest.approx(max(radius, 0), rel=1e-8)
+    np.testing.assert_array_equal(found.prediction, [0, 0, ABSTAIN])
+    np.testing.assert_array_equal(found.n, 1010)
 
-    The rate is therefore alpha / 2, less what the steps of the tail cost.
-    """
-    assert 0.3 < audit(run_predict, [0.5 + 1e-9, 0.5 - 1e-9], 0.05)["false / alpha"] < 0.55
+
+def test_margin_of_two_classes_is_certify_at_its_share():
+    votes = np.array([[900, 100], [560, 440], [400, 600]])
+    first = np.array([[9, 1]] * 3)
+    margin = certify_margin(Scripted(first, votes.copy()), Gaussian(1.0), 10, 1000, 0.01)
+    plain = certify(Scripted(first, votes.copy()), Gaussian(1.0), 10, 1000, 0.009)
+    np.testing.assert_array_equal(margin.prediction, plain.prediction)
+    np.testing.assert_allclose(margin.radius, plain.radius, rtol=1e-7, atol=1e-8)
+
+
+def test_margin_certifies_no_less_than_a_union_over_classes():
+    """At a class's own share of .9 alpha and the rest for all others, on every example."""
+    rng = np.random.default_rng(0)
+    p = rng.dirichlet(np.full(10, 0.5), 300)
+    votes = SimulatedCounts(p, seed=0).draw(20_100)
+    one, every = (
+        f(RecordedCounts(votes, seed=1), Gaussian(0.5), 100, 20_000, 0.001)
+        for f in (certify_margin, lambda *a: certify_partition(*a, merge=False))
+    )
+    assert (one.radius >= every.radius - 1e-12).all()
+    assert one.radius.mean() > every.radius.mean()
+
+
+def test_class_partitioning_by_hand():
+    """Delattre et al. 2025: groups until the rest has no more votes than the runner-up."""
+    first = [[50, 20, 15, 10, 5, 0], [90, 5, 2, 1, 1, 1], [40, 30, 10, 10, 10, 0]]
+    second = [[500, 210, 140, 80, 50, 20]] * 3
+    found = certify_partition(Scripted(first, second), Gaussian(1.0), 100, 1000, 0.01)
+    # {0} {1} {2, 3, 4, 5} would have 30 > 20 votes, so {2} is alone and {3, 4, 5} has 15. In the
+    # second the rest has 5 <= 5; in the third it has 30 <= 30.
+    for i, (groups, rival) in enumerate([(4, 210), (3, 290), (3, 290)]):
+        low = proportion_confint(500, 1000, alpha=0.02 / groups, method="beta")[0]
+        high = proportion_confint(rival, 1000, alpha=0.02 / groups, method="beta")[1]
+        radius = 0.5 * (norm.ppf(low) - norm.ppf(high))
+        assert found.radius[i] == pytest.approx(radius, rel=1e-7)
+
+
+def test_without_merging_every_class_is_a_group():
+    first, second = [[9, 1, 0, 0]], [[700, 100, 150, 50]]
+    args = (Gaussian(1.0), 10, 1000, 0.01)
+    found = certify_partition(Scripted(first, second), *args, merge=False)
+    low = proportion_confint(700, 1000, alpha=0.02 / 4, method="beta")[0]
+    high = proportion_confint(150, 1000, alpha=0.02 / 4, method="beta")[1]
+    assert found.radius[0] == pytest.approx(0.5 * (norm.ppf(low) - norm.ppf(high)), rel=1e-8)
+
+
+def test_margin_refuses_a_noise_of_one_probability():
+    class OneSided:
+        pass
+
+    with pytest.raises(ValueError, match="noise must have a radius of two probabilities"):
+        certify_margin(SimulatedCounts([[0.9, 0.1]]), OneSided(), 10, 100, 0.01)
+    with pytest.raises(ValueError, match="share"):
+        certify_margin(SimulatedCounts([[0.9, 0.1]]), Gaussian(1.0), 10, 100, 0.01, share=1.0)

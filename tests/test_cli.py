@@ -12,6 +12,7 @@ import sys
 import time
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from test_zoo import made_up_cifar10
@@ -967,3 +968,42 @@ def test_as_a_program(tmp_path):
         result.stderr
         == "error: nowhere does not exist: give the path of a checkpoint, a record or a log\n"
     )
+
+
+# ------------------------------------------------------------------ audit and adaptive samplers
+
+
+def test_audit_tells_the_sound_from_the_unsound():
+    small = ["audit", "--sigma", 0.5, "--runs", 200]
+    printed = done(*small, "--sampler", "margin", "--n", 500)
+    assert "margin holds: at worst" in printed
+    found = json.loads(done(*small, "--sampler", "anytime", "--n", 1000, "--json"))
+    assert found["verdict"] == "holds"
+    assert found["worst"] <= 1
+    code, printed, _ = call(*small, "--sampler", "iss", "--n0", 1000, "--reuse")
+    assert code == 1
+    assert "iss fails: at worst 1.79" in printed
+    assert "makes no certificates" in refused(*small, "--sampler", "record", code=2)
+    assert "one number" in refused(*small, "--sampler", "adaptive", "--radius", "0.1,0.2")
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        ["adaptive", "--radius", "0.5", "--stages", "100,400"],
+        ["anytime", "--radius", "0.25,0.5", "--n", "500"],
+        ["anytime", "--radius", "0.25", "--n", "500", "--runner-up"],
+        ["staircase", "--n", "500"],
+    ],
+)
+def test_adaptive_samplers_certify_and_report_their_saving(tmp_path, sampler):
+    """Beside CERTIFY the log holds fewer draws on average, and the command says by which factor."""
+    out = tmp_path / "log.tsv"
+    start = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--stop", "40", *ENGINE]
+    code, _, said = call(*start, "--sampler", *sampler, "--out", out)
+    assert code == 0
+    assert "SampleRF " in said
+    log = pd.read_csv(out, sep="\t")
+    assert log["n"].nunique() > 1
+    assert (log["predict"] >= 0).any()
+    assert (load_counts(f"{out}.npz").counts.sum(axis=1) == log["n"]).all()

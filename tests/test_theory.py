@@ -6,7 +6,6 @@ Each closed form is held against Monte Carlo, linear programming or a search.
 import numpy as np
 import pytest
 import torch
-from audit import exact_rate
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import linprog, minimize_scalar
@@ -14,6 +13,7 @@ from scipy.special import ndtr
 from scipy.stats import binomtest, chi2_contingency, norm
 
 from lib import Gaussian, ModelCounts, SimulatedCounts, certify, cohen_radius, li_radius
+from lib.samplers import Certify
 from lib.theory import (
     LinearClassifier,
     average_pooled,
@@ -306,7 +306,7 @@ def test_live_certificates_of_a_linear_rule_are_false_as_often_as_computed(p):
     found = certify(source, Gaussian(sigma), n0=20, n=100, alpha=alpha)
     # Class 1 is the rule's on this side; at p = 1/2 the point lies on the boundary.
     false = ((found.prediction == 1) & (found.radius > truth)) | (found.prediction == 0)
-    exact = exact_rate(p, alpha, n0=20, n=100)
+    exact = Certify(n0=20, n=100, alpha=alpha).failure(p, Gaussian(sigma))
     assert exact <= alpha
     assert binomtest(int(false.sum()), runs, alpha, alternative="greater").pvalue > 1e-4
     assert binomtest(int(false.sum()), runs, exact).pvalue > 1e-4
