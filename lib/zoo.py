@@ -234,7 +234,12 @@ def _count_readouts(run_, path, n, index, x, y, models):
         source.evaluations[:] = stored.header["evaluations"]
     for target in _targets(done, n):
         source.draw(max(0, target - done))
-        done, header["evaluations"] = max(done, target), source.evaluations.tolist()
+        done = max(done, target)
+        header |= {
+            "evaluations": source.evaluations.tolist(),
+            "sampler": RecordVotes(done).describe(),
+            "fixed_draws": True,
+        }
         if path is not None:
             save_counts(path, source.votes, index, y[index], **header)
     return Record(source.votes, index, y[index], header)
@@ -269,7 +274,12 @@ def measure(name, folder=DATA / "records", data_path=None, draws=1000):
     save_moments(pathlib.Path(folder) / f"{name}.moments.safetensors", found)
     names = subset_readouts(networks, noise, x, y.numpy())
     counts, evaluations = count_readouts(logits, names)
-    header = found.header | {"readouts": names, "evaluations": evaluations.tolist()}
+    header = found.header | {
+        "readouts": names,
+        "evaluations": evaluations.tolist(),
+        "sampler": RecordVotes(draws).describe(),
+        "fixed_draws": True,
+    }
     save_counts(pathlib.Path(folder) / f"{name}.npz", counts, index, labels, **header)
 
 
