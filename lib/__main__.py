@@ -25,6 +25,7 @@ from lib.audit import audit as audited
 from lib.audit import verdict, worst
 from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
+from lib.ensemble import VOTES, Ensemble
 from lib.losses import LOSSES
 from lib.metrics import formatted, latex, summarize
 from lib.models import load_checkpoint, model_hash
@@ -251,10 +252,41 @@ def _load_model(spec, architecture=None, data=None):
     return network, header
 
 
+def _load_ensemble(specs, vote, weights, consensus, architecture=None, data=None):
+    """(module, header) of one network as it is, or of several as a lib.ensemble.Ensemble."""
+    loaded = [_load_model(spec, architecture, data) for spec in specs]
+    network, header = loaded[0]
+    if len(loaded) == 1 and {vote, weights, consensus} == {None}:
+        return network, header
+    members = [network for network, _ in loaded]
+    if len(loaded) == 1 and isinstance(network, Ensemble):
+        members = network.members
+    names = sorted({header["data"] for _, header in loaded})
+    if len(names) > 1:
+        raise ValueError(f"model must be networks of one data set; got {', '.join(names)}")
+    try:
+        weights = None if weights is None else [float(weight) for weight in weights.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--weights takes numbers between commas: {weights}") from error
+    return Ensemble(members, vote or "soft", weights, consensus), header
+
+
 @command(NOISES, SAMPLERS, Examples, Engine)
 def certify(
-    model: Annotated[str, typer.Argument(help="A checkpoint (ours or published), or a zoo name.")],
+    model: Annotated[
+        list[str],
+        typer.Argument(help="Checkpoint (ours or published) or zoo name; several: an ensemble."),
+    ],
     out: Annotated[pathlib.Path, typer.Option(help="Log to write; the record is OUT.npz.")],
+    vote: Annotated[
+        Literal[*VOTES] | None, typer.Option(help="How an ensemble votes. [dim]default soft[/]")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Of --vote weighted: numbers >= 0 between commas.")
+    ] = None,
+    consensus: Annotated[
+        int | None, typer.Option(help="K: the first K networks decide where they agree.")
+    ] = None,
     data: Annotated[Data | None, typer.Option(help="Data set; default the model's.")] = None,
     data_path: DataPath = None,
     architecture: Annotated[
@@ -272,7 +304,7 @@ def certify(
     with more examples (--max, --stop) or, where the draws are fixed, with more draws (--n).
     Several processes: torchrun --nproc-per-node 2 -m lib certify ...
     """
-    network, header = _load_model(model, architecture, data)
+    network, header = _load_ensemble(model, vote, weights, consensus, architecture, data)
     smoothing = _take(options, NOISES, noise)
     job_sampler = _take(options, SAMPLERS, sampler)
     examples, engine = _take(options, Examples), _take(options, Engine)
@@ -286,7 +318,7 @@ def certify(
     }
     job = Job(
         network,
-        model,
+        " ".join(model),
         images,
         labels.numpy(),
         index,

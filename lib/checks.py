@@ -168,21 +168,24 @@ def difference(old, new):
     return f"{name} = {before!r}, not {after!r}"
 
 
-def check_counts(counts, below=None):
+def check_counts(counts, below=None, readouts=False):
     """Votes: whole numbers >= 0 of shape [B, C], as an int64 array of their own.
 
     - below: each example must have fewer votes than this, where it is given.
+    - readouts: shape [R, B, C] is admitted, too: R readouts of the same draws.
     """
     counts = np.array(counts)
-    if counts.ndim != 2 or counts.dtype.kind not in "iu" or counts.size == 0 or counts.min() < 0:
+    shapes = {2: "[B, C]"} | ({3: "[R, B, C]"} if readouts else {})
+    whole = counts.dtype.kind in "iu" and counts.size > 0 and counts.min() >= 0
+    if counts.ndim not in shapes or not whole:
         least = f" with {counts.min()} the least" if counts.size else ""
         raise ValueError(
-            f"counts must be whole numbers >= 0 of shape [B, C]; got shape {counts.shape} of "
-            f"{counts.dtype}{least}"
+            f"counts must be whole numbers >= 0 of shape {' or '.join(shapes.values())}; got "
+            f"shape {counts.shape} of {counts.dtype}{least}"
         )
     counts = _int64(counts, "counts")
     # Summed as floats, which cannot overflow.
-    most = counts.sum(axis=1, dtype=np.float64).max()
+    most = counts.sum(axis=-1, dtype=np.float64).max()
     if below is not None and most >= below:
         raise ValueError(
             f"counts must be fewer than {below:.0e} votes for each example, the most that numpy's "

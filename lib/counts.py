@@ -51,6 +51,11 @@ class RecordedCounts:
     def __init__(self, counts, seed=0, index=None, fixed=None):
         self.noise, promised = None, True
         if isinstance(counts, Record):
+            if counts.readouts:
+                raise ValueError(
+                    "counts holds several readouts: replay one, record.readout(name), of "
+                    f"{', '.join(counts.readouts)}"
+                )
             index = counts.index if index is None else index
             self.noise, promised = _noise_of(counts.header), _is_fixed(counts.header)
             counts = counts.counts

@@ -108,10 +108,12 @@ class Ensemble(nn.Module):
     def member_logits(self, x):
         """The logits of each member, float32 [k, B, C]."""
         logits = [member(x).float() for member in self.members]
-        if len({part.shape for part in logits}) > 1:
+        try:
+            return torch.stack(logits)
+        except RuntimeError as error:
             shapes = ", ".join(str(list(part.shape)) for part in logits)
-            raise ValueError(f"models must give logits of the same classes; got {shapes}")
-        return torch.stack(logits)
+            text = f"models must give logits of the same classes; got {shapes}"
+            raise ValueError(text) from error
 
     def describe(self):
         """How it votes: {"vote", "weights", "consensus"}."""

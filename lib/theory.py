@@ -468,7 +468,7 @@ def success_probability(mean, covariance, draws=None, seed=0):
     """P(all margins > 0) of Gaussian margins: the chance that the top class is voted for.
 
     The integral over the positive orthant (Horvath et al. 2022, equation 4), by Genz's
-    algorithm to about 1e-5, or by Monte Carlo where `draws` is given (standard error
+    algorithm to about 1e-4, or by Monte Carlo where `draws` is given (standard error
     sqrt(p (1 - p) / draws)).
 
     - mean: float64 [M]. covariance: float64 [M, M], positive semidefinite.
@@ -480,7 +480,9 @@ def success_probability(mean, covariance, draws=None, seed=0):
         check_draws(draws=draws)
         margins = generator.multivariate_normal(mean, covariance, draws, method="eigh")
         return float((margins > 0).all(axis=1).mean())
-    law = multivariate_normal(np.zeros(len(mean)), covariance, allow_singular=True)
+    law = multivariate_normal(
+        np.zeros(len(mean)), covariance, allow_singular=True, abseps=1e-4, releps=1e-4
+    )
     return float(np.clip(law.cdf(mean, rng=generator), 0.0, 1.0))
 
 
@@ -598,6 +600,24 @@ def logit_moments(clean, perturbed):
         flat = (image - centre).reshape(draws, k * classes)
         out[:] = (flat.T @ flat / (draws - 1)).reshape(out.shape)
     return LogitMoments(clean, mean, covariance, draws)
+
+
+def normalised_effects(perturbed, moments, clean="clean"):
+    """(f(x + eps) - y_c) / sigma_p of logits, which the model takes for standard normal.
+
+    sigma_p is the deviation over the noise of each image's and class's logit, the root of the
+    diagonal of the model's sigma_p. Under "clean" the mean need not be 0 (appendix D, figure 9).
+
+    - perturbed: [B, N, k, C], the logits that the moments are of, or some of the N copies.
+    - moments: LogitMoments. clean: as for `fit_logit_model`.
+
+    Returns float64 of the shape of perturbed.
+    """
+    check_choice(("clean", "mean"), clean=clean)
+    centre = moments.clean if clean == "clean" else moments.mean
+    within, _ = noise_covariances(moments)
+    deviation = np.sqrt(np.einsum("bcc->bc", within))
+    return (perturbed - centre[:, None]) / deviation[:, None, None]
 
 
 def fit_logit_model(moments, clean="clean"):

@@ -27,8 +27,9 @@ from lib.engine.admission import logits_of
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import cores, pick_device
 from lib.engine.live import ModelCounts
+from lib.ensemble import Ensemble, fit_weights, order_by_accuracy
 from lib.losses import LOSSES
-from lib.models import build, load_checkpoint, save_checkpoint
+from lib.models import build, ensemble_header, load_checkpoint, save_checkpoint
 from lib.noise import restore_noise
 from lib.store.files import sha256, write_atomically
 from lib.store.registry import option
@@ -67,6 +68,7 @@ class Recipe:
     - noise: description of the smoothing distribution trained for (lib.noise).
     - loss: description of the training loss (lib.losses).
     - threads: of torch; split sums round differently, so another number gives other weights.
+    - members: above 1 an ensemble of so many networks, of the seeds seed, seed + 1, ...
     """
 
     architecture: str
@@ -75,10 +77,13 @@ class Recipe:
     loss: dict = dataclasses.field(default_factory=lambda: {"name": "gaussian"})
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     threads: int | None = None
+    members: int = 1
 
     def header(self):
         """The recipe as a flat dict of plain values, for a checkpoint."""
         parts = dataclasses.asdict(self)
+        if self.members == 1:
+            del parts["members"]
         return parts.pop("schedule") | parts
 
 
@@ -324,6 +329,8 @@ def train(recipe, path, data_path=None, device=None, half=True, say=None):
     Returns the header. Raises ValueError where PATH was trained after another recipe.
     """
     path = pathlib.Path(path)
+    if recipe.members > 1:
+        return _train_ensemble(recipe, path, data_path, device, half, say)
     state, table = (path.with_name(path.name + end) for end in (".state", ".csv"))
     x, y = load(recipe.data, "train", path=data_path)
     test = load(recipe.data, "test", path=data_path)
@@ -373,6 +380,37 @@ def train(recipe, path, data_path=None, device=None, half=True, say=None):
         if not first:  # killed after its last epoch, before that one's checkpoint
             after_epoch(network, history)
     state.unlink(missing_ok=True)
+    return load_checkpoint(path)[1]
+
+
+def _train_ensemble(recipe, path, data_path, device, half, say):
+    """Train the members of an ensemble, each in a file of its own until all are there.
+
+    They are stored best first, by accuracy on noisy copies of every second test image (1, 3, ...);
+    the others are for certificates. Its `weights` are those of the weighted vote of the first ten.
+    """
+    if path.exists():
+        return load_checkpoint(path)[1]
+    x, y = load(recipe.data, "test", path=data_path)
+    held_out = x[1::2], y.numpy()[1::2], restore_noise(recipe.noise)
+    files, loaded = [], []
+    for i in range(recipe.members):
+        schedule = dataclasses.replace(recipe.schedule, seed=recipe.schedule.seed + i)
+        files.append(path.with_name(f"{path.name}.{i}"))
+        member = dataclasses.replace(recipe, schedule=schedule, members=1)
+        train(member, files[-1], data_path, device, half=False, say=say)
+        loaded.append(load_checkpoint(files[-1]))
+    order, accuracy = order_by_accuracy([network for network, _ in loaded], *held_out, draws=100)
+    members = [loaded[i][0] for i in order]
+    headers = [loaded[i][1] | {"held_out_accuracy": float(accuracy[i])} for i in order]
+    for member in headers:
+        del member["format"]
+    ensemble, weights = Ensemble(members), fit_weights(members[:10], *held_out, draws=100)
+    header = ensemble_header(ensemble, headers) | {"best_weights": np.round(weights, 4).tolist()}
+    save_checkpoint(path, ensemble, header, half)
+    for file in files:
+        file.unlink()
+        file.with_name(file.name + ".csv").unlink(missing_ok=True)
     return load_checkpoint(path)[1]
 
 

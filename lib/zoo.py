@@ -19,13 +19,21 @@ from tqdm.auto import tqdm
 from lib.checks import check_choice
 from lib.data import content_hash, load
 from lib.engine.jobs import Job, run
-from lib.models import load_checkpoint
+from lib.engine.live import ModelCounts
+from lib.engine.moments import count_readouts, load_moments, measure_moments, save_moments
+from lib.engine.readouts import Readout, readout
+from lib.ensemble import fit_weights
+from lib.models import load_checkpoint, model_hash
 from lib.noise import restore_noise
 from lib.samplers import RecordVotes
 from lib.store.files import sha256
+<<<<<<< HEAD
 from lib.store.logs import read_log
 from lib.store.published import read_published
 from lib.store.records import load_counts
+=======
+from lib.store.records import Record, load_counts, save_counts
+>>>>>>> 8c9bfd2accec4a13507b39e98c6e9ac166d466ba
 from lib.train import Recipe, Schedule, train
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
@@ -44,6 +52,8 @@ class Run:
     - model: name of the network. noise: description of the noise of the votes.
     - n: draws of each test image. stride: between the test images. seed: of the noise.
     - engine: settings of the base classifier (dtype, block, layout, compile).
+    - readouts: of an ensemble, names of lib.engine.readouts with spaces between them, as
+      `expand_readouts` reads them: its networks are counted in one pass.
     """
 
     model: str
@@ -52,6 +62,7 @@ class Run:
     stride: int = 1
     seed: int = 0
     engine: dict = dataclasses.field(default_factory=dict)
+    readouts: str = ""
 
 
 def expand(entry):
@@ -69,7 +80,9 @@ def expand(entry):
 
 
 def read_table(path=DATA / "experiments.toml"):
-    """({name: Recipe}, {name: Run}) of the table of experiments.
+    """({name: Recipe}, {name: Run}, {name: networks}) of the table of experiments.
+
+    The third are the networks whose logits' moments are measured (see `measure`).
 
     Raises ValueError where a name occurs twice or a record's network is missing.
     """
@@ -85,10 +98,10 @@ def read_table(path=DATA / "experiments.toml"):
         check_choice(models, model=fields["model"])
         engine = ENGINES[models[fields["model"]].data] | fields.pop("engine", {})
         runs[name] = Run(**fields, engine=engine)
-    return models, runs
+    return models, runs, {name: networks.split() for name, networks in table["moments"].items()}
 
 
-MODELS, RUNS = read_table()
+MODELS, RUNS, MOMENTS = read_table()
 
 
 def model(name, folder=DATA / "models"):
@@ -167,10 +180,12 @@ def record(name, n=None, index=None, folder=DATA / "records"):
 
     Returns a lib.store.records.Record.
     """
-    check_choice(RUNS, record=name)
+    check_choice([*RUNS, *MOMENTS], record=name)
+    path = pathlib.Path(folder) / f"{name}.npz"
+    if name in MOMENTS:
+        return load_counts(path)
     if n is not None or index is not None:
         return count(RUNS[name], None, n, index)
-    path = pathlib.Path(folder) / f"{name}.npz"
     if path.exists():
         return load_counts(path, model=RUNS[name].model, noise=RUNS[name].noise)
     return count(RUNS[name], path)
@@ -192,6 +207,8 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
     n, recipe = n or run_.n, MODELS[run_.model]
     x, y = load(recipe.data, "test", path=data_path)
     index = np.arange(0, len(x), run_.stride) if index is None else np.asarray(index)
+    if run_.readouts:
+        return _count_readouts(run_, path, n, index, x, y.numpy(), models)
     job = functools.partial(
         Job,
         model(run_.model, models),
@@ -224,6 +241,127 @@ def _counted(job, n):
         out = pathlib.Path(folder) / "record"
         run(job(sampler=RecordVotes(n), out=out))
         return load_counts(out.with_name("record.npz"))
+
+
+def expand_readouts(text, header):
+    """The names of the readouts of an ensemble that a table's text stands for.
+
+    "member:*" is each member, "seeds:0-4" the soft vote of the members of these seeds, and
+    "weighted:0-9" gets the weights that the checkpoint's header holds.
+
+    - text: names with spaces between them. header: of the ensemble's checkpoint.
+    """
+    seeds, names = [member["seed"] for member in header["members"]], []
+    for name in text.split():
+        kind, members = name.split(":", 1)
+        if members == "*":
+            names += [f"{kind}:{i}" for i in range(len(seeds))]
+        elif kind == "seeds":
+            chosen = readout(f"soft:{members}").members
+            names.append(Readout(sorted(seeds.index(seed) for seed in chosen)).name)
+        elif kind == "weighted":
+            weights = ",".join(map(str, header["best_weights"]))
+            names.append(readout(f"{name}:{weights}").name)
+        else:
+            names.append(readout(name).name)
+    return names
+
+
+def _count_readouts(run_, path, n, index, x, y, models):
+    """Count all readouts of an ensemble in one pass; a record at `path` is continued."""
+    ensemble = model(run_.model, models)
+    facts = load_checkpoint(pathlib.Path(models) / f"{run_.model}.safetensors")[1]
+    noise = restore_noise(run_.noise)
+    engine = run_.engine | {"dtype": getattr(torch, run_.engine["dtype"])}
+    names = expand_readouts(run_.readouts, facts)
+    source = ModelCounts(
+        list(ensemble.members), x[index], noise, index, run_.seed, readouts=names, **engine
+    )
+    header = {
+        "model": run_.model,
+        "model_sha256": model_hash(ensemble),
+        "data": facts["data"],
+        "split": "test",
+        "data_sha256": content_hash(x),
+        "noise": noise.describe(),
+        "seed": run_.seed,
+        "readouts": names,
+        **source.base.settings,
+    }
+    done = 0
+    if path is not None and pathlib.Path(path).exists():
+        stored = load_counts(path, **header)
+        if not np.array_equal(stored.index, index):
+            raise ValueError(f"{path} holds other images than asked for: give another path")
+        source.votes[:], done = stored.counts, stored.draws
+        source.evaluations[:] = stored.header["evaluations"]
+    for target in _targets(done, n):
+        source.draw(max(0, target - done))
+        done = max(done, target)
+        header |= {
+            "evaluations": source.evaluations.tolist(),
+            "sampler": RecordVotes(done).describe(),
+            "fixed_draws": True,
+        }
+        if path is not None:
+            save_counts(path, source.votes, index, y[index], **header)
+    return Record(source.votes, index, y[index], header)
+
+
+def moments(name, folder=DATA / "records"):
+    """Moments of networks' logits by name (a key of MOMENTS), loaded from data/records."""
+    check_choice(MOMENTS, moments=name)
+    return load_moments(pathlib.Path(folder) / f"{name}.moments.safetensors")
+
+
+def measure(name, folder=DATA / "records", data_path=None, draws=1000):
+    """Measure what `moments` reads, and the record NAME of readouts on the same noisy copies.
+
+    100 test images at equal strides, under the noise that the networks were trained for. Members
+    are numbered as in MOMENTS.
+    """
+    check_choice(MOMENTS, moments=name)
+    networks, recipe = [model(member) for member in MOMENTS[name]], MODELS[MOMENTS[name][0]]
+    x, y = load(recipe.data, "test", path=data_path)
+    index, noise = np.arange(0, len(x), len(x) // 100), restore_noise(recipe.noise)
+    header = {
+        "model": MOMENTS[name],
+        "model_sha256": [model_hash(network) for network in networks],
+        "data": recipe.data,
+        "split": "test",
+        "data_sha256": content_hash(x),
+        "dtype": "float32",
+    }
+    labels = y.numpy()[index]
+    found, logits = measure_moments(networks, x[index], labels, noise, draws, index, header)
+    save_moments(pathlib.Path(folder) / f"{name}.moments.safetensors", found)
+    names = subset_readouts(networks, noise, x, y.numpy())
+    counts, evaluations = count_readouts(logits, names)
+    header = found.header | {
+        "readouts": names,
+        "evaluations": evaluations.tolist(),
+        "sampler": RecordVotes(draws).describe(),
+        "fixed_draws": True,
+    }
+    save_counts(pathlib.Path(folder) / f"{name}.npz", counts, index, labels, **header)
+
+
+def subset_readouts(networks, noise, x, y):
+    """The readouts of networks, the best of them first, for a small ensemble.
+
+    Every subset by soft vote; the votes of table 10 of Horvath et al. 2022 on all, the weights
+    fitted on 5 noisy copies of each of the images 1, 21, ... of x; K-consensus.
+    """
+    weights = fit_weights(networks, x[1::20], y[1::20], noise, draws=5)
+    every = range(len(networks))
+    subsets = [part for k in every for part in itertools.combinations(every, k + 1)]
+    items = [
+        *(Readout(part) for part in subsets),
+        *(Readout(every, vote) for vote in ("hard", "softmax")),
+        Readout(every, "weighted", weights=[round(weight, 4) for weight in weights]),
+        *(Readout(every, consensus=consensus) for consensus in (2, 3)),
+    ]
+    return [item.name for item in items]
 
 
 def siblings(name):
@@ -353,10 +491,11 @@ def with_table(text, table):
 
 
 def main(what, *arguments):
-    """python -m lib.zoo models | records [PATTERN] | cifar10 DATA [OUT] | tables.
+    """python -m lib.zoo models | records [PATTERN] | cifar10 | moments DATA [OUT] | tables.
 
-    Retrain the digits networks; count their records again; do the CIFAR-10 plan; write the tables
-    of data/models/README.md and data/records/README.md.
+    Retrain the digits networks; count their records again; do the CIFAR-10 plan (DATA [OUT]);
+    measure the moments of logits of CIFAR-10 networks; write the tables of data/models/README.md
+    and data/records/README.md.
     """
     if what == "models" and not arguments:
         for name, recipe in MODELS.items():
@@ -364,7 +503,7 @@ def main(what, *arguments):
                 path = DATA / "models" / f"{name}.safetensors"
                 path.unlink(missing_ok=True)
                 train(recipe, path)
-                path.with_name(path.name + ".csv").unlink()
+                path.with_name(path.name + ".csv").unlink(missing_ok=True)
     elif what == "records" and len(arguments) < 2:
         for name, run_ in RUNS.items():
             wanted = fnmatch.fnmatch(name, arguments[0] if arguments else "*")
@@ -372,6 +511,9 @@ def main(what, *arguments):
                 path = DATA / "records" / f"{name}.npz"
                 path.unlink(missing_ok=True)
                 count(run_, path)
+    elif what == "moments" and len(arguments) in (1, 2):
+        for name in MOMENTS:
+            measure(name, *arguments[1:] or [DATA / "records"], data_path=arguments[0])
     elif what == "cifar10" and len(arguments) in (1, 2):
         try:
             cifar10(*arguments)
@@ -385,7 +527,8 @@ def main(what, *arguments):
             path.write_text(with_table(path.read_text(), table))
     else:
         raise SystemExit(
-            "usage: python -m lib.zoo models | records [PATTERN] | cifar10 DATA [OUT] | tables\n"
+            "usage: python -m lib.zoo models | records [PATTERN] | cifar10 DATA [OUT] | "
+            "moments DATA [OUT] | tables\n"
             "(DATA: an npz, or the folder or tar.gz of CIFAR-10)"
         )
 

@@ -27,6 +27,7 @@ from lib.counts import RecordedCounts
 from lib.engine import jobs
 from lib.engine.classifier import BaseClassifier
 from lib.engine.live import ModelCounts
+from lib.ensemble import Ensemble
 from lib.iss import certify_iss, sample_size_map
 from lib.models import load_checkpoint, model_hash
 from lib.noise import Gaussian
@@ -970,6 +971,7 @@ def test_as_a_program(tmp_path):
     )
 
 
+<<<<<<< HEAD
 # ------------------------------------------------------------------ audit and adaptive samplers
 
 
@@ -1007,3 +1009,41 @@ def test_adaptive_samplers_certify_and_report_their_saving(tmp_path, sampler):
     assert log["n"].nunique() > 1
     assert (log["predict"] >= 0).any()
     assert (load_counts(f"{out}.npz").counts.sum(axis=1) == log["n"]).all()
+=======
+@pytest.mark.parametrize(
+    ("options", "settings"),
+    [
+        ("", {}),
+        ("--vote hard", {"vote": "hard"}),
+        ("--vote weighted --weights 3,1", {"vote": "weighted", "weights": [3, 1]}),
+        ("--consensus 1", {"consensus": 1}),
+    ],
+)
+def test_several_networks_are_certified_as_an_ensemble(tmp_path, options, settings):
+    """The votes are those of lib's Ensemble of the same networks under the same noise."""
+    names = ["digits-cnn-sigma0.50", "digits-cnn-sigma0.25"]
+    out = tmp_path / "small.tsv"
+    done("certify", *names, *SMALL[2:], *options.split(), "--out", out)
+    ensemble = Ensemble([zoo.model(name) for name in names], **settings)
+    settings = {"dtype": torch.float32, "block": 64, "layout": "contiguous", "compile": False}
+    images, _ = data.load("digits", "test")
+    counts = ModelCounts(ensemble, images[:12], Gaussian(0.5), progress=False, **settings)
+    record = load_counts(f"{out}.npz")
+    np.testing.assert_array_equal(record.counts, counts.draw(320))
+    assert record.header["model"] == " ".join(names)
+    assert record.header["model_sha256"] == model_hash(ensemble)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--vote weighted", "weights must be given"),
+        ("--vote weighted --weights 1,2", "weights must be 1 finite numbers"),
+        ("--weights 1", "weights must be given"),
+        ("--consensus 2", "consensus must be at most 1"),
+    ],
+)
+def test_a_vote_that_cannot_be_is_refused(tmp_path, options, message):
+    said = refused(*SMALL, *options.split(), "--out", tmp_path / "x.tsv")
+    assert message in said
+>>>>>>> 8c9bfd2accec4a13507b39e98c6e9ac166d466ba

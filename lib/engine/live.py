@@ -305,11 +305,14 @@ class _Tally:
     def __init__(self, readings, examples, width, device):
         self.shape = (readings, examples + 1, width)
         self.cells = torch.zeros(math.prod(self.shape), dtype=torch.int64, device=device)
-        self.first = torch.arange(readings, device=device)[:, None] * (examples + 1)
+        self.first = torch.arange(readings, device=device)[:, None] * (examples + 1) * width
 
     def add(self, place, votes):
         """Count votes [R, rows] of the examples place [rows]."""
-        cell = ((self.first + place) * self.shape[2] + votes).flatten()
+        cell = place * self.shape[2] + votes
+        if len(votes) > 1:
+            cell += self.first
+        cell = cell.flatten()
         self.cells.index_add_(0, cell, torch.ones_like(cell))
 
     def counts(self):

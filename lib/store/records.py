@@ -7,7 +7,7 @@ import zipfile
 
 import numpy as np
 
-from lib.checks import check_counts, check_labels
+from lib.checks import check_choice, check_counts, check_labels
 from lib.store.files import read_bytes, sha256, write_atomically
 
 
@@ -15,15 +15,31 @@ from lib.store.files import read_bytes, sha256, write_atomically
 class Record:
     """Votes of one Monte Carlo run.
 
-    - counts: int64 [B, C].
-    - index, labels: int64 [B], places in the data set, and true classes.
-    - header: provenance, a dict.
+    - counts: int64 [B, C], or [R, B, C] of R readouts of the same draws.
+    - index, labels: int64 [B], of each example in the data set.
+    - header: provenance, a flat dict; of several readouts their names under "readouts" and, under
+      "evaluations" [R][B], the passes of single networks that each would have cost alone.
     """
 
     counts: np.ndarray
     index: np.ndarray
     labels: np.ndarray
     header: dict
+
+    @property
+    def readouts(self):
+        """The names of the readouts, () where the votes are those of one network."""
+        return tuple(self.header.get("readouts", ()))
+
+    def readout(self, name):
+        """The record of one readout, counts [B, C]. Raises ValueError that lists the readouts."""
+        check_choice(self.readouts, readout=name)
+        place = self.readouts.index(name)
+        header = self.header | {"readout": name}
+        del header["readouts"]
+        if "evaluations" in header:
+            header["evaluations"] = header["evaluations"][place]
+        return Record(self.counts[place], self.index, self.labels, header)
 
     @property
     def draws(self):
@@ -35,22 +51,29 @@ class Record:
 
 
 def save_counts(path, counts, index, labels, **header):
-    """Write a record: an npz that np.load opens, whole or not at all.
+    """Write a record, whole or not at all: the same content gives the same bytes.
 
-    Its header is JSON; the archive's comment holds the SHA-256 of all bytes before it. The same
-    content gives the same bytes.
+    The file is an npz that np.load opens, with a JSON header and, in the archive's comment, the
+    SHA-256 of all bytes before it.
 
-    - counts: whole numbers [B, C].
+    - counts: whole numbers [B, C], or [R, B, C] with the names of R readouts in the header.
     - index, labels: whole numbers [B].
-    - header: provenance (noise, seed, model, dtype, ...).
+    - header: provenance (noise, seed, model, dtype, ...), stored as JSON; `readouts` and
+      `evaluations` as in Record.
 
     Raises ValueError naming the argument.
     """
-    counts = check_counts(counts)
+    counts = check_counts(counts, readouts=True)
+    names = header.get("readouts")
+    if (counts.ndim == 3) != (names is not None) or (names and len(names) != len(counts)):
+        raise ValueError(
+            "readouts must name the readouts of counts [R, B, C], and be left out for [B, C]; "
+            f"got {names!r} for counts of shape {counts.shape}"
+        )
     arrays = {
         "counts": _smallest(counts),
-        "index": _smallest(check_labels(index, len(counts), "index")),
-        "labels": _smallest(check_labels(labels, len(counts))),
+        "index": _smallest(check_labels(index, counts.shape[-2], "index")),
+        "labels": _smallest(check_labels(labels, counts.shape[-2])),
         "header": np.array(
             json.dumps(header, sort_keys=True, default=lambda value: np.asarray(value).tolist())
         ),
