@@ -27,13 +27,9 @@ from lib.models import load_checkpoint, model_hash
 from lib.noise import restore_noise
 from lib.samplers import RecordVotes
 from lib.store.files import sha256
-<<<<<<< HEAD
 from lib.store.logs import read_log
 from lib.store.published import read_published
-from lib.store.records import load_counts
-=======
 from lib.store.records import Record, load_counts, save_counts
->>>>>>> 8c9bfd2accec4a13507b39e98c6e9ac166d466ba
 from lib.train import Recipe, Schedule, train
 
 DATA = pathlib.Path(__file__).parent.parent / "data"

@@ -971,7 +971,6 @@ def test_as_a_program(tmp_path):
     )
 
 
-<<<<<<< HEAD
 # ------------------------------------------------------------------ audit and adaptive samplers
 
 
@@ -1009,7 +1008,8 @@ def test_adaptive_samplers_certify_and_report_their_saving(tmp_path, sampler):
     assert log["n"].nunique() > 1
     assert (log["predict"] >= 0).any()
     assert (load_counts(f"{out}.npz").counts.sum(axis=1) == log["n"]).all()
-=======
+
+
 @pytest.mark.parametrize(
     ("options", "settings"),
     [
@@ -1046,4 +1046,3 @@ def test_several_networks_are_certified_as_an_ensemble(tmp_path, options, settin
 def test_a_vote_that_cannot_be_is_refused(tmp_path, options, message):
     said = refused(*SMALL, *options.split(), "--out", tmp_path / "x.tsv")
     assert message in said
->>>>>>> 8c9bfd2accec4a13507b39e98c6e9ac166d466ba
