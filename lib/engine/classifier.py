@@ -187,6 +187,11 @@ class BaseClassifier:
         return torch.float32 if self.dtype == torch.int8 else self.dtype
 
     @property
+    def network(self):
+        """The network that votes, in its precision and layout, not compiled: logits of a batch."""
+        return self._copies[0].model
+
+    @property
     def settings(self):
         """What runs, as a flat dict for records and logs.
 
