@@ -31,6 +31,7 @@ from lib.engine.admission import copy_with_shared_weights, logits_of
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import cores
 from lib.noise import Gaussian
+from lib.store.records import load_arrays, save_arrays
 
 EVERY = 100  # steps between two entries of a path of sigma
 CLASS_DRAWS = 100  # draws at sigma0 that fix the class, where the objective keeps one class
@@ -291,6 +292,78 @@ class _Search:
                 results.append(result)
                 bar.update(len(rows))
         return results
+
+
+def carry(model, x, scale, generator, steps=1, lr=1e-4, n=1, objective=None):
+    """The scales [B] of a training batch after `steps` more steps of algorithm 1.
+
+    Algorithm 2 (Alfarra et al. 2022, section 3.6) trains on noise of these levels and carries them
+    on to the next epoch. The network is in eval mode for the steps, so that its batch norms do not
+    learn from the search.
+
+    - model: nn.Module in training. x: images [B, ...] as they are trained on.
+    - scale: float32 [B], the levels that the last epoch left. generator: of the noise.
+    """
+    objective, training = objective or Objective(), model.training
+    model.eval()
+    zeros = torch.zeros(len(x) * n, *x.shape[1:], device=x.device)
+    for _ in range(steps):
+        unit = objective.noise(1.0).sample(zeros, generator).view(len(x), n, *x.shape[1:])
+        scale, _ = climb(model, x, scale, unit, lr, objective)
+    model.train(training)
+    return scale
+
+
+@dataclasses.dataclass(frozen=True)
+class SigmaPath:
+    """The levels of a search, as a file holds them.
+
+    - levels: float64 [S, B], after 0, 100, 200, ... steps. index: int64 [B], in the data set.
+    - nearest: float64 [B], the l2 distance of each image to the closest other one of the file.
+      Where it exceeds the sum of all two radii, a memory changes nothing.
+    - header: provenance (model, data, sigma0, lr, n, seed, engine, ...), a flat dict.
+    """
+
+    levels: np.ndarray
+    index: np.ndarray
+    nearest: np.ndarray
+    header: dict
+
+    def at(self, steps):
+        """The levels float64 [B] after a multiple of 100 steps. Raises ValueError naming steps."""
+        check_choice(range(0, EVERY * len(self.levels), EVERY), steps=steps)
+        return self.levels[steps // EVERY]
+
+    def save(self, path):
+        """Write the path, whole or not at all, with a checksum. Single precision is exact for it."""
+        save_arrays(
+            path,
+            self.header,
+            levels=self.levels.astype(np.float32),
+            index=self.index.astype(np.int32),
+            nearest=self.nearest,
+        )
+
+
+def load_sigma(path, **expected):
+    """Read a SigmaPath, refusing damage and headers that do not agree with `expected`."""
+    header, arrays = load_arrays(path, "name a file that `python -m lib sigma` wrote")
+    for name, value in expected.items():
+        if header.get(name) != value:
+            raise ValueError(f"{path} is of {name} = {header.get(name)!r}, not {value!r}")
+    index, levels = arrays["index"].astype(np.int64), arrays["levels"].astype(np.float64)
+    levels[0] = header["sigma0"]
+    return SigmaPath(levels, index, arrays["nearest"], header)
+
+
+def nearest_distances(x):
+    """The l2 distance of each image to the closest other one, float64 [B]; infinity if alone."""
+    flat = torch.as_tensor(x).reshape(len(x), -1).double()
+    nearest = [
+        torch.cdist(rows[None], flat[None], compute_mode="donot_use_mm_for_euclid_dist")[0]
+        for rows in flat.split(64)
+    ]
+    return torch.cat(nearest).fill_diagonal_(torch.inf).amin(dim=1).numpy()
 
 
 def certify_dual(router, router_noise, counts, noises, n0, n, alpha, share=0.5):

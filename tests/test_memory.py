@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
+from scipy.special import ndtr, ndtri
 
 from lib.certify import ABSTAIN, Certificates
 from lib.memory import CertificateMemory, _cell_sums
@@ -301,3 +302,25 @@ def test_refuses_bad_input(change, name):
     with pytest.raises(ValueError, match="norm"):
         CertificateMemory("linf")
     assert len(memory) == 1
+
+
+def islands(at):
+    """Equation 2 on a line, exactly: class 0 left of 0 and from .5 to .6, else class 1."""
+    grid = np.r_[0.02, np.linspace(0.02, 1.5, 1500)]
+    zero = ndtr(-at / grid) + ndtr((0.6 - at) / grid) - ndtr((0.5 - at) / grid)
+    label = int(zero[0] < 0.5)
+    return np.array([at]), label, (grid * ndtri(zero) * (1 - 2 * label)).max()
+
+
+def test_who_chooses_the_order_changes_a_later_prediction():
+    """A classifier computed exactly: asked about 1.2 first, it calls .55 class 1, else 0."""
+    island, right = islands(0.55), islands(1.2)
+    assert island[1] == 0
+    assert right[1] == 1
+    assert right[2] > 0.65
+    honest, attacked = CertificateMemory(), CertificateMemory()
+    assert honest.add(*island) == (0, island[2])
+    attacked.add(*right)
+    assert attacked.add(*island)[0] == 1
+    # The other way round, the answer at 1.2 loses most of its radius instead.
+    assert honest.add(*right) == (1, near(0.65 - island[2]))
