@@ -27,15 +27,17 @@ from lib.checks import (
     check_seed,
     check_sigma,
 )
+from lib.data import content_hash
 from lib.engine.admission import copy_with_shared_weights, logits_of
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import cores
-from lib.noise import Gaussian
+from lib.models import model_hash
+from lib.noise import PURPOSES, Gaussian
 from lib.store.records import load_arrays, save_arrays
+from lib.store.registry import option
 
 EVERY = 100  # steps between two entries of a path of sigma
 CLASS_DRAWS = 100  # draws at sigma0 that fix the class, where the objective keeps one class
-STREAM = 0x51  # sets the noise of the search apart from the noise of the votes
 # The radius as a function of the scale of the noise and the scores of the two best classes.
 RADII = {
     "l2": lambda scale, a, b: scale / 2 * (ndtri(a) - ndtri(b)),
@@ -99,6 +101,15 @@ class Objective:
             first = scores.gather(1, top[:, None])[:, 0]
             second = scores.scatter(1, top[:, None], -torch.inf).amax(dim=1)
         return RADII[self.noise.norm](scale, first.clamp(*self.clamp), second.clamp(*self.clamp))
+
+
+@dataclasses.dataclass(frozen=True)
+class Ascent:
+    """The options of algorithm 1 (`optimize_sigma`) on the command line."""
+
+    steps: int = option(900, "Steps of the search (K of the paper).")
+    lr: float = option(1e-4, "Size of a step.")
+    n: int = option(1, "Noisy copies per step.")
 
 
 def mean_scores(network, x, scale, unit, objective):
@@ -254,7 +265,7 @@ class _Search:
         return self.x[rows].to(device), scale, [self._stream(i) for i in self.index[rows]]
 
     def _stream(self, index):
-        state = np.random.SeedSequence([self.seed, int(index)], spawn_key=(STREAM,))
+        state = np.random.SeedSequence([self.seed, int(index)], spawn_key=(PURPOSES["search"],))
         if self.base.device.type == "cpu":
             return np.random.Generator(np.random.SFC64(state))
         seed = int(state.generate_state(1, np.uint64)[0] >> 1)
@@ -335,7 +346,7 @@ class SigmaPath:
         return self.levels[steps // EVERY]
 
     def save(self, path):
-        """Write the path, whole or not at all, with a checksum. Single precision is exact for it."""
+        """Write the path, whole or not at all, checksummed; single precision is exact for it."""
         save_arrays(
             path,
             self.header,
@@ -343,6 +354,33 @@ class SigmaPath:
             index=self.index.astype(np.int32),
             nearest=self.nearest,
         )
+
+
+def search(
+    model, name, images, index, sigma0, ascent=None, noise=Gaussian, seed=0, settings=None, engine=None
+):  # fmt: skip
+    """Run algorithm 1 on some images of a data set and return the SigmaPath with its provenance.
+
+    - model: nn.Module; name: what the header calls it.
+    - images: float32 [N, ...] in [0, 1], the whole data set. index: int [B], those to search for.
+    - sigma0: the level to start from. ascent: Ascent. noise: class of `lib.noise`. seed: of it.
+    - settings: what else the header holds. engine: arguments of BaseClassifier.
+
+    Raises ValueError naming steps where they are no multiple of 100.
+    """
+    ascent = ascent or Ascent()
+    if ascent.steps % EVERY:
+        raise ValueError(f"steps must be a multiple of {EVERY}; got {ascent.steps}")
+    x = images[np.asarray(index)]
+    base = BaseClassifier(model, x.shape[1:], **{"compile": False} | (engine or {}))
+    options, goal = dataclasses.asdict(ascent), Objective(noise=noise)
+    _, levels = optimize_sigma(
+        base, x, sigma0, **options, objective=goal, index=index, seed=seed, return_path=True
+    )
+    header = (settings or {}) | options | base.settings
+    header |= {"model": name, "model_sha256": model_hash(model), "sigma0": sigma0, "seed": seed}
+    header |= {"data_sha256": content_hash(images), "noise": noise.name}
+    return SigmaPath(levels, np.asarray(index), nearest_distances(x), header)
 
 
 def load_sigma(path, **expected):

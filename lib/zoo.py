@@ -22,6 +22,7 @@ from lib.engine.jobs import Job, run
 from lib.models import load_checkpoint
 from lib.noise import restore_noise
 from lib.samplers import RecordVotes
+from lib.sigma import load_sigma, search
 from lib.store.files import sha256
 from lib.store.records import load_counts
 from lib.train import Recipe, Schedule, train
@@ -42,6 +43,8 @@ class Run:
     - model: name of the network. noise: description of the noise of the votes.
     - n: draws of each test image. stride: between the test images. seed: of the noise.
     - engine: settings of the base classifier (dtype, block, layout, compile).
+    - of, steps: where steps > 0, each image has the level that algorithm 1 finds in so many steps
+      from the noise of the run `of` (`sigma`).
     """
 
     model: str
@@ -50,6 +53,8 @@ class Run:
     stride: int = 1
     seed: int = 0
     engine: dict = dataclasses.field(default_factory=dict)
+    of: str = ""
+    steps: int = 0
 
 
 def expand(entry):
@@ -80,6 +85,10 @@ def read_table(path=DATA / "experiments.toml"):
         models[name] = Recipe(**fields, schedule=Schedule(**options))
     for name, fields in itertools.chain.from_iterable(map(expand, table["record"])):
         check_choice((False,), **{f"{name} twice in {path}": name in runs})
+        if "of" in fields:
+            check_choice(runs, of=fields["of"])
+            same = {key: getattr(runs[fields["of"]], key) for key in ("model", "noise", "stride")}
+            fields = same | fields
         check_choice(models, model=fields["model"])
         engine = ENGINES[models[fields["model"]].data] | fields.pop("engine", {})
         runs[name] = Run(**fields, engine=engine)
@@ -113,8 +122,39 @@ def record(name, n=None, index=None, folder=DATA / "records"):
         return count(RUNS[name], None, n, index)
     path = pathlib.Path(folder) / f"{name}.npz"
     if path.exists():
-        return load_counts(path, model=RUNS[name].model, noise=RUNS[name].noise)
+        return load_counts(path, model=RUNS[name].model, noise=noise_of(RUNS[name]))
     return count(RUNS[name], path)
+
+
+def noise_of(run_):
+    """The description of the noise that a run's votes are drawn under."""
+    if not run_.steps:
+        return run_.noise
+    levels = sigma(run_.of).at(run_.steps).tolist()
+    return {key: value if key == "name" else levels for key, value in run_.noise.items()}
+
+
+@functools.cache
+def sigma(name, data_path=None, folder=DATA / "sigmas", models=DATA / "models"):
+    """The levels that algorithm 1 finds from the noise of a run: loaded, or computed and stored.
+
+    Its usual options: 900 steps of 1e-4, one noisy copy each. Returns a lib.sigma.SigmaPath.
+    """
+    check_choice(RUNS, name=name)
+    run_, path = RUNS[name], pathlib.Path(folder) / f"{name}.npz"
+    if path.exists():
+        return load_sigma(path, model=run_.model)
+    recipe = MODELS[run_.model]
+    images, _ = load(recipe.data, "test", path=data_path)
+    (start,) = (value for key, value in run_.noise.items() if key != "name")
+    index = np.arange(0, len(images), run_.stride)
+    settings, network = {"data": recipe.data, "split": "test"}, model(run_.model, models)
+    kind = type(restore_noise(run_.noise))
+    found = search(
+        network, run_.model, images, index, start, None, kind, run_.seed, settings, run_.engine
+    )
+    found.save(path)
+    return load_sigma(path)
 
 
 def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "models"):
@@ -140,7 +180,7 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
         x,
         y.numpy(),
         index,
-        noise=restore_noise(run_.noise),
+        noise=restore_noise(noise_of(run_)),
         seed=run_.seed,
         settings={"data": recipe.data, "split": "test"},
         engine=run_.engine | {"dtype": getattr(torch, run_.engine["dtype"])},
@@ -275,7 +315,11 @@ def record_table(folder=DATA / "records"):
 
 
 def _words(description):
-    rest = [f"{key} {value}" for key, value in description.items() if key != "name"]
+    rest = [
+        f"{key} {value if np.ndim(value) == 0 else f'per image, mean {np.mean(value):.3f}'}"
+        for key, value in description.items()
+        if key != "name"
+    ]
     return " ".join([description["name"], *rest])
 
 

@@ -9,23 +9,28 @@ from scipy.optimize import minimize_scalar
 from scipy.special import ndtr, ndtri
 from scipy.stats import binomtest
 from torch import nn
+from typer.testing import CliRunner
 
+from lib import __main__ as cli
 from lib import zoo
 from lib.certify import ABSTAIN, certify
-from lib.counts import SimulatedCounts
+from lib.counts import RecordedCounts, SimulatedCounts
 from lib.data import load
 from lib.engine.classifier import BaseClassifier
-from lib.noise import Gaussian
+from lib.noise import Gaussian, Uniform
 from lib.sigma import (
     Objective,
     certify_dual,
     climb,
     grid_search_sigma,
+    load_sigma,
     mean_scores,
     optimize_sigma,
 )
+from lib.store.records import load_counts
 
-ALPHA = 0.05
+ALPHA, NAME = 0.05, "digits-cnn-sigma0.25"
+ENGINE = ["--dtype", "float32", "--block", "64", "--layout", "contiguous", "--no-compile"]
 
 
 @pytest.fixture(scope="module")
@@ -307,3 +312,90 @@ def test_votes_of_the_search_must_not_be_counted_again():
     )
     false = int((fresh.radius > radius).sum())
     assert binomtest(false, runs, ALPHA, alternative="greater").pvalue > 1e-4
+
+
+def test_uniform_noise_has_its_own_radius(digits):
+    """lambda (E_A - E_B): one step by hand, and a search that moves lambda."""
+    base, x = digits
+    goal = Objective(noise=Uniform)
+    scores = torch.tensor([[0.7, 0.1, 0.2]])
+    torch.testing.assert_close(goal.radius(torch.tensor([0.4]), scores), torch.tensor([0.2]))
+    found = optimize_sigma(base, x, 0.4, 50, lr=1e-3, objective=goal)
+    assert np.abs(found - 0.4).max() > 1e-3
+
+
+@pytest.fixture(scope="module")
+def sigma_file(tmp_path_factory):
+    """The levels of five digits, as the command writes them."""
+    path = tmp_path_factory.mktemp("sigma") / "levels.npz"
+    arguments = ["sigma", NAME, "--sigma0", "0.25", "--steps", "200", "--stop", "5", *ENGINE]
+    result = CliRunner().invoke(cli.app, [*arguments, "--out", str(path)])
+    assert result.exit_code == 0, result.stderr
+    return path
+
+
+def test_the_command_writes_the_levels_of_the_library(sigma_file, digits):
+    found, (base, x) = load_sigma(sigma_file), digits
+    _, path = optimize_sigma(base, x[:5], 0.25, 200, return_path=True)
+    np.testing.assert_array_equal(found.levels, path)
+    assert found.index.tolist() == [0, 1, 2, 3, 4]
+    assert found.header["model"] == NAME
+    assert found.header["lr"] == 1e-4
+    apart = torch.cdist(x[:5].flatten(1).double(), x[:5].flatten(1).double()).fill_diagonal_(9)
+    np.testing.assert_allclose(found.nearest, apart.amin(dim=1))
+    np.testing.assert_array_equal(found.at(100), path[1])
+    with pytest.raises(ValueError, match="steps must be one of"):
+        found.at(150)
+    with pytest.raises(ValueError, match="model = "):
+        load_sigma(sigma_file, model="another")
+
+
+def test_certify_takes_a_level_for_each_image(sigma_file, tmp_path):
+    log = tmp_path / "log.tsv"
+    base = ["certify", NAME, "--sigma-file", str(sigma_file), "--n", "500", *ENGINE]
+    run = CliRunner().invoke(cli.app, [*base, "--start", "1", "--stop", "4", "--out", str(log)])
+    assert run.exit_code == 0, run.stderr
+    record, path = load_counts(f"{log}.npz"), load_sigma(sigma_file)
+    assert record.header["noise"]["sigma"] == path.levels[-1, 1:4].tolist()
+    found = certify(RecordedCounts(record), Gaussian(path.levels[-1, 1:4]), 100, 500, 0.001)
+    assert (found.radius <= Gaussian(path.levels[-1, 1:4]).radius(0.001 ** (1 / 500))).all()
+    other = [*base, "--sigma-steps", "100", "--stop", "4", "--out", str(tmp_path / "other")]
+    assert CliRunner().invoke(cli.app, other).exit_code == 0
+    first = load_counts(tmp_path / "other.npz").header["noise"]["sigma"]
+    assert first == path.levels[1, :4].tolist()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--stop", "8"], "no level for example 5"),
+        (["--stop", "4", "--sigma-steps", "300"], "steps must be one of"),
+    ],
+)
+def test_certify_refuses_a_sigma_file_of_other_images(sigma_file, tmp_path, arguments, message):
+    base = ["certify", NAME, "--sigma-file", str(sigma_file), "--out", str(tmp_path / "log")]
+    result = CliRunner().invoke(cli.app, [*base, *arguments])
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_certify_refuses_a_sigma_file_of_another_network(sigma_file, tmp_path):
+    base = ["certify", "digits-cnn-sigma0.50", "--sigma-file", str(sigma_file), "--stop", "3"]
+    result = CliRunner().invoke(cli.app, [*base, "--out", str(tmp_path / "log")])
+    assert result.exit_code == 1
+    assert "model_sha256 = " in result.stderr
+
+
+def test_levels_and_votes_of_the_zoo():
+    """A committed path is computed again; a record at sigma* says its levels."""
+    found = zoo.sigma(NAME)
+    x, _ = load("digits", "test")
+    base = BaseClassifier(zoo.model(NAME), x.shape[1:], **zoo.ENGINES["digits"])
+    again, path = optimize_sigma(base, x[:20], 0.25, 100, return_path=True)
+    # Another machine rounds the gradients differently.
+    np.testing.assert_allclose(found.levels[:2, :20], path, atol=1e-5)
+    record = zoo.record(f"{NAME}-ds-k300")
+    assert record.header["noise"] == {"name": "Gaussian", "sigma": found.at(300).tolist()}
+    few = zoo.count(f"{NAME}-ds-k300", n=20)
+    assert (few.counts.sum(axis=1) == 20).all()
+    assert (few.counts <= record.counts).all()

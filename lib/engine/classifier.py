@@ -146,7 +146,8 @@ class BaseClassifier:
         self.memory_format = (
             torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
         )
-        model = model.to(self._numbers).to(memory_format=self.memory_format)
+        model = model.requires_grad_(False).to(self._numbers)
+        model = model.to(memory_format=self.memory_format)
         self._use(_Voter(model, self.classes))
         self._scoring = None
         self.compiled, self._auto = False, compile == "auto"
