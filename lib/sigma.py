@@ -357,7 +357,8 @@ class SigmaPath:
 
 
 def search(
-    model, name, images, index, sigma0, ascent=None, noise=Gaussian, seed=0, settings=None, engine=None
+    model, name, images, index, sigma0, ascent=None, noise=Gaussian, seed=0, settings=None,
+    engine=None,
 ):  # fmt: skip
     """Run algorithm 1 on some images of a data set and return the SigmaPath with its provenance.
 
