@@ -1,4 +1,7 @@
-"""The command line: python -m lib train | certify | report | info (certify also under torchrun)."""
+"""The command line: python -m lib train | sigma | certify | report | info.
+
+certify also runs under torchrun.
+"""
 
 import dataclasses
 import functools
@@ -31,6 +34,7 @@ from lib.metrics import formatted, latex, summarize
 from lib.models import load_checkpoint, model_hash
 from lib.noise import NOISES
 from lib.samplers import SAMPLERS
+from lib.sigma import Ascent, load_sigma, search
 from lib.store.files import read_bytes
 from lib.store.logs import read_log
 from lib.store.records import load_counts
@@ -295,6 +299,13 @@ def certify(
     noise: Annotated[Literal[*NOISES], typer.Option(help="Smoothing distribution.")] = "Gaussian",
     sampler: Literal[*SAMPLERS] = "certify",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    sigma_file: Annotated[
+        pathlib.Path | None,
+        typer.Option(help="A level for each image: a file of `sigma`, in place of --sigma."),
+    ] = None,
+    sigma_steps: Annotated[
+        int | None, typer.Option(help="Levels after so many steps; default the last of the file.")
+    ] = None,
     as_json: AsJson = False,
     **options,
 ):
@@ -305,11 +316,14 @@ def certify(
     Several processes: torchrun --nproc-per-node 2 -m lib certify ...
     """
     network, header = _load_ensemble(model, vote, weights, consensus, architecture, data)
-    smoothing = _take(options, NOISES, noise)
+    if sigma_file is None:
+        smoothing = _take(options, NOISES, noise)
     job_sampler = _take(options, SAMPLERS, sampler)
     examples, engine = _take(options, Examples), _take(options, Engine)
     images, labels = datasets.load(header["data"], examples.split, path=data_path)
     index = examples.index(len(images))
+    if sigma_file is not None:
+        smoothing = _levels(sigma_file, sigma_steps, network, images, index)
     settings = {
         "data": header["data"],
         "split": examples.split,
@@ -372,6 +386,59 @@ def audit(
         print(f"{sampler} {found}: at worst {most['rate']:.3f} alpha, at p = {most['p']:.6g}")
     if found == "fails":
         raise SystemExit(1)
+
+
+def _levels(path, steps, network, images, index):
+    """The noise of a sigma file for the examples to certify, which it must hold."""
+    hashes = {
+        "model_sha256": model_hash(network),
+        "data_sha256": datasets.content_hash(images),
+    }
+    found = load_sigma(path, **hashes)
+    if missing := sorted(set(index.tolist()) - set(found.index.tolist())):
+        raise ValueError(
+            f"{path} has no level for example {missing[0]}, the first of {len(missing)}: "
+            "give `certify` the --start, --stop and --skip of `sigma`"
+        )
+    levels = found.levels[-1] if steps is None else found.at(steps)
+    rows = np.searchsorted(found.index, index)
+    return NOISES[found.header["noise"]](levels[rows])
+
+
+@command(Ascent, Examples, Engine)
+def sigma(
+    model: Annotated[str, typer.Argument(help="A checkpoint (ours or published), or a zoo name.")],
+    out: Annotated[pathlib.Path, typer.Option(help="File of levels to write (.npz).")],
+    sigma0: Annotated[float, typer.Option(help="Level that the search starts from.")],
+    data: Annotated[Data | None, typer.Option(help="Data set; default the model's.")] = None,
+    data_path: DataPath = None,
+    architecture: Annotated[
+        Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
+    ] = None,
+    noise: Annotated[Literal[*NOISES], typer.Option(help="Smoothing distribution.")] = "Gaussian",
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    **options,
+):
+    """Find a noise level for each image (Alfarra et al. 2022, algorithm 1).
+
+    `certify --sigma-file` then certifies each image at its level, with fresh noise.
+    """
+    network, header = _load_model(model, architecture, data)
+    ascent, engine = _take(options, Ascent), _take(options, Engine)
+    examples = _take(options, Examples)
+    images, _ = datasets.load(header["data"], examples.split, path=data_path)
+    index = examples.index(len(images))
+    settings = {"data": header["data"], "split": examples.split}
+    found = search(
+        network, model, images, index, sigma0, ascent, NOISES[noise], seed, settings,
+        engine.settings(),
+    )  # fmt: skip
+    found.save(out)
+    last = found.levels[-1]
+    _say(
+        f"{out}: {len(index)} levels after {ascent.steps} steps from {sigma0}, "
+        f"mean {last.mean():.4f}, from {last.min():.4f} to {last.max():.4f}"
+    )
 
 
 @command(NOISES, LOSSES, Schedule)

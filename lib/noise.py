@@ -26,7 +26,7 @@ from lib.store.registry import Registry
 CHUNK = 100  # draws that share one random stream: part of the definition of the noise
 # Streams of other purposes than noise end in one of these words, so that none of them is a stream
 # of noise or of another purpose, whatever the seeds are. Noise ends in none.
-PURPOSES = {"replay": 1, "simulation": 2}
+PURPOSES = {"replay": 1, "simulation": 2, "search": 81}
 
 NOISES = Registry("noise")
 register = NOISES.register
@@ -179,6 +179,48 @@ class Gaussian(Noise):
     def probability(self, radius):
         """The top-class probability Phi(radius / sigma) that certifies `radius`."""
         return ndtr(check_radius(radius) / self.level)[()]
+
+
+@register("Uniform")
+@dataclasses.dataclass(frozen=True, eq=False)
+class Uniform(Noise):
+    """Uniform noise on the cube [-half, half]^d, certified in l1 (Yang et al. 2020, section 4).
+
+    Two such cubes whose centres are apart by delta share at least 1 - |delta|_1 / (2 half) of
+    their volume, so a class's probability changes by at most |delta|_1 / (2 half).
+
+    - half: lambda of the paper, half the cube's edge, in pixels in [0, 1]: a scalar, or [B].
+
+    Raises ValueError naming sigma, the level.
+    """
+
+    half: float | np.ndarray
+    norm = "l1"
+
+    def __post_init__(self):
+        object.__setattr__(self, "half", check_sigma(self.half))
+
+    @property
+    def level(self):
+        """The half edge that noise and radii use: `half` rounded down to float32."""
+        return float32_below(self.half)
+
+    def sample(self, x, generator):
+        """Noisy images x + eps, [B, ...] float32, drawn and added in float32."""
+        unit = standard_uniform(x, generator).mul_(2).sub_(1)
+        return unit.mul_(per_image(self.level, x)).add_(x)
+
+    def radius(self, p_lower):
+        """Certified l1 radius 2 lambda (p_lower - 1/2), 0 where p_lower <= 1/2."""
+        p_lower = check_probability(p_lower, "p_lower")
+        return np.maximum(0.0, 2 * self.level * (p_lower - 0.5))[()]
+
+    def probability(self, radius):
+        """The top-class probability 1/2 + radius / (2 lambda) that certifies `radius`.
+
+        1 from radius lambda on, which no lower bound reaches.
+        """
+        return np.minimum(1.0, 0.5 + check_radius(radius) / (2 * self.level))[()]
 
 
 def noise_stream(seed, index, chunk, device):

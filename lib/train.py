@@ -31,10 +31,12 @@ from lib.ensemble import Ensemble, fit_weights, order_by_accuracy
 from lib.losses import LOSSES
 from lib.models import build, ensemble_header, load_checkpoint, save_checkpoint
 from lib.noise import restore_noise
+from lib.sigma import Objective, carry
 from lib.store.files import sha256, write_atomically
 from lib.store.registry import option
 
 DTYPES = ("float32", "bfloat16")
+FIXED = 0.25  # fraction of the epochs before levels move: 50 of 200 (Alfarra et al. 2022, 4.1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,11 +55,17 @@ class Schedule:
     augment: bool = option(False, "Random 4-pixel crops and horizontal flips.")
     average: float | None = option(None, "Decay of an average of the weights: the result then.")
     dtype: str = option("float32", "bfloat16 trains under autocast.", DTYPES)
+    sigma_steps: int | None = option(
+        None, "Each image has its own sigma, moved so many steps an epoch (lib.sigma.carry)."
+    )
+    sigma_lr: float | None = option(None, "Size of these steps, 1e-4 unless given.")
 
     def __post_init__(self):
         check_draws(epochs=self.epochs, batch=self.batch)
         check_seed(self.seed)
         check_choice(DTYPES, dtype=self.dtype)
+        if self.sigma_steps is not None:
+            check_draws(sigma_steps=self.sigma_steps)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +199,7 @@ class _Loop:
         self.model, self.loss, self.noise = model, loss, noise
         self.schedule, self.device = schedule, device
         self.averaged = copy.deepcopy(model) if schedule.average else None
+        self.levels = None
         self.optimizer = torch.optim.SGD(
             model.parameters(),
             lr=schedule.lr,
@@ -216,11 +225,32 @@ class _Loop:
             images = x[rows]
             if schedule.augment:
                 images = crop_and_flip(images, generator["cpu"])
-            total += self._step(loss, images, y[rows], self.noise.select(rows), generator["noise"])
+            noise = self._noise(images, rows, epoch, len(x), generator["noise"])
+            total += self._step(loss, images, y[rows], noise, generator["noise"])
             if self.averaged is not None:
                 _average(self.averaged, self.model, schedule.average, done)
             bar.update()
         return total, rate
+
+    def _noise(self, images, rows, epoch, size, generator):
+        """The noise of some images, of the levels that algorithm 2 has carried so far and moves."""
+        schedule = self.schedule
+        if schedule.sigma_steps is None:
+            return self.noise.select(rows)
+        if self.levels is None:
+            (start,) = vars(self.noise).values()
+            self.levels = torch.as_tensor(start, dtype=torch.float32).expand(size).clone()
+        if epoch >= FIXED * schedule.epochs:
+            self.levels[rows] = carry(
+                self.model,
+                images.to(self.device),
+                self.levels[rows].to(self.device),
+                generator,
+                schedule.sigma_steps,
+                schedule.sigma_lr or 1e-4,
+                objective=Objective(noise=type(self.noise)),
+            ).cpu()
+        return type(self.noise)(self.levels[rows].double().numpy())
 
     def _step(self, loss, images, labels, noise, generator):
         images = images.to(self.device).to(memory_format=torch.channels_last)
@@ -244,6 +274,8 @@ class _Loop:
         }
         if self.averaged is not None:
             parts["averaged"] = self.averaged.state_dict()
+        if self.levels is not None:
+            parts["levels"] = self.levels
         buffer = io.BytesIO()
         torch.save(parts, buffer)
         write_atomically(path, buffer.getvalue())
@@ -265,6 +297,8 @@ class _Loop:
         self.optimizer.load_state_dict(parts["optimizer"])
         if self.averaged is not None:
             self.averaged.load_state_dict(parts["averaged"])
+        if "levels" in parts:
+            self.levels = parts["levels"].cpu()
         return parts["history"]
 
 

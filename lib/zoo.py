@@ -26,6 +26,7 @@ from lib.ensemble import fit_weights
 from lib.models import load_checkpoint, model_hash
 from lib.noise import restore_noise
 from lib.samplers import RecordVotes
+from lib.sigma import load_sigma, search
 from lib.store.files import sha256
 from lib.store.logs import read_log
 from lib.store.published import read_published
@@ -50,6 +51,8 @@ class Run:
     - engine: settings of the base classifier (dtype, block, layout, compile).
     - readouts: of an ensemble, names of lib.engine.readouts with spaces between them, as
       `expand_readouts` reads them: its networks are counted in one pass.
+    - of, steps: where steps > 0, each image has the level that algorithm 1 finds in so many steps
+      from the noise of the run `of` (`sigma`).
     """
 
     model: str
@@ -59,6 +62,8 @@ class Run:
     seed: int = 0
     engine: dict = dataclasses.field(default_factory=dict)
     readouts: str = ""
+    of: str = ""
+    steps: int = 0
 
 
 def expand(entry):
@@ -91,6 +96,10 @@ def read_table(path=DATA / "experiments.toml"):
         models[name] = Recipe(**fields, schedule=Schedule(**options))
     for name, fields in itertools.chain.from_iterable(map(expand, table["record"])):
         check_choice((False,), **{f"{name} twice in {path}": name in runs})
+        if "of" in fields:
+            check_choice(runs, of=fields["of"])
+            same = {key: getattr(runs[fields["of"]], key) for key in ("model", "noise", "stride")}
+            fields = same | fields
         check_choice(models, model=fields["model"])
         engine = ENGINES[models[fields["model"]].data] | fields.pop("engine", {})
         runs[name] = Run(**fields, engine=engine)
@@ -183,8 +192,40 @@ def record(name, n=None, index=None, folder=DATA / "records"):
     if n is not None or index is not None:
         return count(RUNS[name], None, n, index)
     if path.exists():
-        return load_counts(path, model=RUNS[name].model, noise=RUNS[name].noise)
+        return load_counts(path, model=RUNS[name].model, noise=noise_of(RUNS[name]))
     return count(RUNS[name], path)
+
+
+def noise_of(run_):
+    """The description of the noise that a run's votes are drawn under."""
+    if not run_.steps:
+        return run_.noise
+    levels = sigma(run_.of).at(run_.steps).tolist()
+    return {key: value if key == "name" else levels for key, value in run_.noise.items()}
+
+
+@functools.cache
+def sigma(name, data_path=None, folder=DATA / "sigmas", models=DATA / "models"):
+    """The levels that algorithm 1 finds from the noise of a run: loaded, or computed and stored.
+
+    Its usual options: 900 steps of 1e-4, one noisy copy each. Returns a lib.sigma.SigmaPath.
+    """
+    check_choice(RUNS, name=name)
+    run_, path = RUNS[name], pathlib.Path(folder) / f"{name}.npz"
+    if path.exists():
+        return load_sigma(path, model=run_.model)
+    recipe = MODELS[run_.model]
+    images, _ = load(recipe.data, "test", path=data_path)
+    (start,) = (value for key, value in run_.noise.items() if key != "name")
+    index = np.arange(0, len(images), run_.stride)
+    settings, network = {"data": recipe.data, "split": "test"}, model(run_.model, models)
+    kind = type(restore_noise(run_.noise))
+    engine = run_.engine | {"dtype": getattr(torch, run_.engine["dtype"])}
+    found = search(
+        network, run_.model, images, index, start, None, kind, run_.seed, settings, engine
+    )
+    found.save(path)
+    return load_sigma(path)
 
 
 def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "models"):
@@ -212,7 +253,7 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
         x,
         y.numpy(),
         index,
-        noise=restore_noise(run_.noise),
+        noise=restore_noise(noise_of(run_)),
         seed=run_.seed,
         settings={"data": recipe.data, "split": "test"},
         engine=run_.engine | {"dtype": getattr(torch, run_.engine["dtype"])},
@@ -468,7 +509,11 @@ def record_table(folder=DATA / "records"):
 
 
 def _words(description):
-    rest = [f"{key} {value}" for key, value in description.items() if key != "name"]
+    rest = [
+        f"{key} {value if np.ndim(value) == 0 else f'per image, mean {np.mean(value):.3f}'}"
+        for key, value in description.items()
+        if key != "name"
+    ]
     return " ".join([description["name"], *rest])
 
 

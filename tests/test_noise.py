@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest, kstest, norm
 
-from lib.noise import Gaussian
+from lib.noise import Gaussian, Uniform, restore_noise
 from lib.theory import cohen_radius, lecuyer_bound, lecuyer_radius, li_bound, li_radius
 
 sigmas = st.floats(0.01, 4)
@@ -352,3 +352,48 @@ def test_li_without_a_runner_up():
     expected = np.sqrt(-2 / order * np.log(1 - 0.9 + 2 * 0.9 * 0.5 ** (1 / (1 - order)))).max()
     assert li_radius(0.9, 0.0, 1.0) == pytest.approx(expected, rel=1e-6)
     assert li_radius(1.0, 0.0, 1.0) == np.inf
+
+
+# ------------------------------------------------------------------ uniform noise, l1
+
+
+def test_uniform_radius_by_hand():
+    noise = Uniform(0.5)
+    np.testing.assert_allclose(noise.radius([1.0, 0.75, 0.5, 0.2]), [0.5, 0.25, 0, 0])
+    np.testing.assert_allclose(noise.probability([0.0, 0.25, 0.5, 3.0]), [0.5, 0.75, 1, 1])
+    assert noise.norm == "l1"
+    assert restore_noise(noise.describe()) == noise
+    some = Uniform([0.5, 1.0])
+    np.testing.assert_allclose(some.radius(0.75), [0.25, 0.5])
+    assert some.select([1]) == Uniform([1.0])
+    with pytest.raises(ValueError, match="sigma"):
+        Uniform(0.0)
+
+
+@given(st.floats(0, 1), sigmas)
+def test_uniform_radius_and_probability_are_inverse(share, half):
+    noise = Uniform(half)
+    radius = share * noise.level
+    assert noise.radius(noise.probability(radius)) == pytest.approx(radius, rel=1e-9, abs=1e-12)
+
+
+def test_uniform_noise_is_uniform_on_its_cube():
+    noisy = Uniform([0.2, 1.5]).sample(
+        torch.zeros(2, 1, 100, 200), torch.Generator().manual_seed(0)
+    )
+    for row, half in zip(noisy.flatten(1).double().numpy(), (0.2, 1.5), strict=True):
+        assert np.abs(row).max() <= half
+        assert kstest(row, "uniform", args=(-half, 2 * half)).pvalue > 1e-3
+
+
+def test_the_l1_radius_is_tight():
+    """A threshold on one pixel: its probability falls by |delta|_1 / (2 lambda), to 1/2 at the radius."""
+    half, edge, size = 0.8, 0.3, 400_000
+    noise, generator = Uniform(half), np.random.Generator(np.random.SFC64(0))
+    p = (half + edge) / (2 * half)
+    for share, above in ((0.99, True), (1.01, False)):
+        x = torch.full((size, 1, 1, 1), float(share * noise.radius(p)))
+        votes = int((noise.sample(x, generator) < edge).sum())
+        assert (votes > size / 2) == above
+    drawn = noise.sample(torch.zeros(size, 1, 1, 1), generator)
+    assert binomtest(int((drawn < edge).sum()), size, p).pvalue > 1e-3

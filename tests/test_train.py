@@ -9,9 +9,9 @@ import torch
 from scipy.stats import chisquare
 
 from lib.data import load
-from lib.losses import GaussianLoss
+from lib.losses import LOSSES, GaussianLoss
 from lib.models import build, model_hash
-from lib.noise import Gaussian
+from lib.noise import Gaussian, Uniform
 from lib.train import Schedule, crop_and_flip, fit, one_cycle
 
 NOISE = Gaussian(0.25)
@@ -327,3 +327,52 @@ def test_a_loss_may_warm_up(digits):
 
     fit(network(), *digits, Warm(), NOISE, Schedule(4, batch=64), progress=False)
     assert asked == [0.25, 0.5, 0.75, 1.0]
+
+
+PER_INPUT = Schedule(4, batch=32, sigma_steps=2, sigma_lr=0.01)
+
+
+@pytest.mark.parametrize("noise", [Gaussian(0.25), Uniform(0.5)])
+def test_each_images_sigma_is_carried_from_epoch_to_epoch(digits, noise):
+    """Fixed for a quarter of the epochs; then each moves on from where the last epoch left it."""
+    x, y = digits
+    start, seen = float(next(iter(vars(noise).values()))), []
+
+    def spy(model, images, labels, noise, generator):
+        assert model.training
+        seen.append(next(iter(vars(noise).values())))
+        return GaussianLoss()(model, images, labels, noise, generator)
+
+    fit(network("small_cnn"), x[:128], y[:128], spy, noise, PER_INPUT, progress=False)
+    epochs = np.array(seen).reshape(4, 128)
+    assert (epochs[0] == start).all()
+    moves = [np.abs(epochs[e] - start).max() for e in (1, 2, 3)]
+    assert 0 < moves[0] < moves[2] < 2 * 3 * 0.01 * 5
+    assert len(np.unique(epochs[3])) > 100
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_trains_with_a_sigma_of_each_image(digits, name):
+    x, y = digits
+    history = fit(network(), x[:64], y[:64], LOSSES.make(name), NOISE, PER_INPUT, progress=False)
+    assert len(history) == 4
+
+
+def test_a_resumed_training_carries_its_sigmas_on(digits, tmp_path):
+    x, y = (part[:96] for part in digits)
+    whole, parts = network(), network()
+    fit(whole, x, y, GaussianLoss(), NOISE, PER_INPUT, progress=False)
+    state = tmp_path / "state"
+
+    def stop(model, history):
+        if len(history) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(parts, x, y, GaussianLoss(), NOISE, PER_INPUT, None, state, False, stop)
+    again = network(seed=1)
+    fit(again, x, y, GaussianLoss(), NOISE, PER_INPUT, state=state, progress=False)
+    assert model_hash(again) == model_hash(whole)
+    levels = torch.load(state, weights_only=True)["levels"]
+    assert levels.shape == (96,)
+    assert len(levels.unique()) > 90

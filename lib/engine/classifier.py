@@ -146,7 +146,8 @@ class BaseClassifier:
         self.memory_format = (
             torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
         )
-        model = model.to(self._numbers).to(memory_format=self.memory_format)
+        model = model.requires_grad_(False).to(self._numbers)
+        model = model.to(memory_format=self.memory_format)
         self._use(_Voter(model, self.classes))
         self._scoring = None
         self.compiled, self._auto = False, compile == "auto"
@@ -185,6 +186,11 @@ class BaseClassifier:
     def _numbers(self):
         """The dtype of images and floating-point weights: an 8-bit network rounds by itself."""
         return torch.float32 if self.dtype == torch.int8 else self.dtype
+
+    @property
+    def network(self):
+        """The network that votes, in its precision and layout, not compiled: logits of a batch."""
+        return self._copies[0].model
 
     @property
     def settings(self):

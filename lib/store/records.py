@@ -70,20 +70,42 @@ def save_counts(path, counts, index, labels, **header):
             "readouts must name the readouts of counts [R, B, C], and be left out for [B, C]; "
             f"got {names!r} for counts of shape {counts.shape}"
         )
-    arrays = {
-        "counts": _smallest(counts),
-        "index": _smallest(check_labels(index, counts.shape[-2], "index")),
-        "labels": _smallest(check_labels(labels, counts.shape[-2])),
-        "header": np.array(
-            json.dumps(header, sort_keys=True, default=lambda value: np.asarray(value).tolist())
-        ),
-    }
+    save_arrays(
+        path,
+        header,
+        counts=_smallest(counts),
+        index=_smallest(check_labels(index, counts.shape[-2], "index")),
+        labels=_smallest(check_labels(labels, counts.shape[-2])),
+    )
+
+
+def save_arrays(path, header, **arrays):
+    """Write arrays and a JSON header as `save_counts` does: checksummed, whole or not at all."""
+    text = json.dumps(header, sort_keys=True, default=lambda value: np.asarray(value).tolist())
     buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+    np.savez_compressed(buffer, **arrays, header=np.array(text))
     with zipfile.ZipFile(buffer, "a") as archive:
         archive.comment = b"0" * 64
     data = buffer.getvalue()[:-64]
     write_atomically(path, data + sha256(data).encode())
+
+
+def load_arrays(path, remedy):
+    """(header, arrays) of a file of `save_arrays`.
+
+    - remedy: what to do where there is no such file.
+
+    Raises ValueError where a single byte is not as it was written.
+    """
+    data = read_bytes(path, remedy)
+    if len(data) < 64 or sha256(data[:-64]).encode() != data[-64:]:
+        raise ValueError(
+            f"{path} is damaged or no record: its checksum does not match. Restore it (git "
+            "checkout), or compute it again"
+        )
+    with np.load(io.BytesIO(data), allow_pickle=False) as stored:
+        arrays = dict(stored)
+    return json.loads(str(arrays.pop("header"))), arrays
 
 
 def _smallest(array):
@@ -99,20 +121,11 @@ def load_counts(path, **expected):
     - expected: header entries that must agree (load_counts(path, seed=3)); a ValueError names the
       one that does not.
     """
-    data = read_bytes(path, "name a record written by save_counts, or compute it (make records)")
-    if len(data) < 64 or sha256(data[:-64]).encode() != data[-64:]:
-        raise ValueError(
-            f"{path} is damaged or no record: its checksum does not match. Restore it (git "
-            "checkout), or compute it again"
-        )
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        header = json.loads(str(arrays["header"]))
-        record = Record(
-            arrays["counts"].astype(np.int64),
-            arrays["index"].astype(np.int64),
-            arrays["labels"].astype(np.int64),
-            header,
-        )
+    remedy = "name a record written by save_counts, or compute it (make records)"
+    header, arrays = load_arrays(path, remedy)
+    record = Record(
+        *(arrays[name].astype(np.int64) for name in ("counts", "index", "labels")), header
+    )
     for name, value in expected.items():
         if header.get(name) != value:
             raise ValueError(
