@@ -19,7 +19,7 @@ ensemble
 models
 theory
 engine.hardware engine.folding engine.admission engine.tuning engine.*
-engine.classifier engine.readouts engine.live engine.jobs
+engine.classifier engine.readouts engine.live engine.jobs engine.moments
 counts
 certify iss adaptive audit memory sigma attacks losses metrics
 samplers plots
