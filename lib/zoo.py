@@ -23,6 +23,8 @@ from lib.models import load_checkpoint
 from lib.noise import restore_noise
 from lib.samplers import RecordVotes
 from lib.store.files import sha256
+from lib.store.logs import read_log
+from lib.store.published import read_published
 from lib.store.records import load_counts
 from lib.train import Recipe, Schedule, train
 
@@ -87,6 +89,45 @@ def read_table(path=DATA / "experiments.toml"):
 
 
 MODELS, RUNS = read_table()
+
+# Logs that others published: in a packed file, or in a file of their own (with what is true of it).
+METHODS = ("cohen", "stab", "salman", "macer", "consistency", "cat-rs")
+PUBLISHED = {
+    f"cifar10-resnet110-{method}-sigma{s:.2f}": "cifar10-resnet110"
+    for method in METHODS
+    for s in (0.25, 0.5, 1.0)
+}
+_CONSISTENCY = {
+    "method": "consistency",
+    "architecture": "ResNet-50",
+    "data": "ImageNet validation, 500 images: 0, 100, ..., 49,900",
+    "n0": 100,
+    "n": 100_000,
+    "alpha": 0.001,
+    "source": "https://github.com/jh-jeong/smoothing-consistency",
+    "licence": "MIT",
+    "commit": "a11954aa91adb9924eecf49aaca74051e79bbb86",
+}
+PUBLISHED |= {
+    f"imagenet-resnet50-consistency-sigma{s:.2f}": _CONSISTENCY
+    | {
+        "sigma": s,
+        "path": f"data/certify/imagenet/consistency/cohen/num_2/lbd_5.0/{path}",
+        "sha256": digest,
+    }
+    for s, path, digest in (
+        (
+            0.5,
+            "eta_0.5/noise_0.50",
+            "123a2c82fb044ace8db3776c1b6f84d651ebd4dcf421aaff40ab16ae73c3fc44",
+        ),
+        (
+            1.0,
+            "eta_0.1/noise_1.00",
+            "5f0390cdfa227e6193fa9931c47e77d5c35a887928f984ab9d3595b9de322593",
+        ),
+    )
+}
 
 
 def model(name, folder=DATA / "models"):
@@ -165,6 +206,23 @@ def _counted(job, n):
         out = pathlib.Path(folder) / "record"
         run(job(sampler=RecordVotes(n), out=out))
         return load_counts(out.with_name("record.npz"))
+
+
+def published(name, folder=DATA / "records"):
+    """A published certification log by name, one of PUBLISHED: radii rounded as printed.
+
+    Returns a DataFrame with columns idx, label, predict (-1: abstained), radius, correct. Its
+    `attrs` hold sigma, n0, n, alpha, source, commit, licence, path, sha256. For votes give it to
+    `counts_from_log(log, Gaussian(log.attrs["sigma"]), log.attrs["n"], log.attrs["alpha"])`.
+    """
+    check_choice(PUBLISHED, name=name)
+    where = PUBLISHED[name]
+    if isinstance(where, str):
+        path = pathlib.Path(folder) / "published" / f"{where}.npz"
+        return read_published(path, name.removeprefix(f"{where}-"))
+    table = read_log(pathlib.Path(folder) / f"{name}.tsv")
+    table.attrs = dict(where)
+    return table
 
 
 def siblings(name):
