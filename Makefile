@@ -32,9 +32,14 @@ $(READY): requirements.txt pyproject.toml
 
 setup: $(READY) ## the environment alone (.venv, pinned requirements)
 
-figures: $(NOTEBOOKS:%=build/$(PROFILE)/%.done) ## every figure and table, from every notebook (PROFILE=smoke|laptop|paper)
+figures: build/$(PROFILE)/contents ## every figure and table, from every notebook (PROFILE=smoke|laptop|paper)
 
-build/$(PROFILE)/%.done: notebooks/%.ipynb notebooks/run.py notebooks/profiles/$(PROFILE).yml $(LIB) $(MODELS) $(RECORDS) $(PUBLISHED) $(READY)
+# The table of contents of the book.
+build/$(PROFILE)/contents: $(NOTEBOOKS:%=build/$(PROFILE)/%.done)
+	$(BIN)/python notebooks/run.py contents $(PROFILE)
+	@touch $@
+
+build/$(PROFILE)/%.done: notebooks/%.ipynb notebooks/run.py notebooks/lint.py notebooks/profiles/$(PROFILE).yml $(LIB) $(MODELS) $(RECORDS) $(PUBLISHED) $(READY)
 	@mkdir -p $(@D)
 	$(BIN)/python notebooks/run.py $* $(PROFILE)
 	@touch $@
@@ -52,14 +57,15 @@ paper: ## every notebook at the papers' settings (a GPU; computes what is not re
 test: lint ## lint and the whole test suite
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -q -n 2
 
-lint: $(READY) ## ruff on modules and notebooks, and no outputs in the notebooks
+lint: $(READY) ## ruff on modules and notebooks, and the frame of the notebooks
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python notebooks/lint.py
 
-format: $(READY) ## ruff format and safe fixes
+format: $(READY) ## ruff format and safe fixes; notebooks without outputs, their links to each other
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/python notebooks/lint.py --fix
 
 models: $(READY) ## retrain the committed digits networks (half a minute)
 	$(BIN)/python -m lib.zoo models
@@ -75,7 +81,7 @@ bench: $(READY) ## the benchmarks: speed and cost, as ratios (an idle machine)
 	for name in $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)); do $(BIN)/python -m benchmarks.$$name || exit 1; done
 
 lab: $(READY) ## open JupyterLab on the notebooks
-	$(BIN)/jupyter lab --notebook-dir=notebooks
+	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/notebooks
 
 lock: $(READY) ## pin the environment anew: requirements.txt from pyproject.toml
 	CUSTOM_COMPILE_COMMAND="make lock" $(BIN)/pip-compile --quiet --extra dev --strip-extras --allow-unsafe --no-emit-find-links --no-emit-index-url --upgrade -o requirements.txt pyproject.toml

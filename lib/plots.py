@@ -1,10 +1,12 @@
 """One look for all figures, and the one place that writes them: a PNG and the CSV behind it."""
 
 import base64
+import importlib.metadata
 import io
 import itertools
 import os
 import pathlib
+import platform
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -15,13 +17,18 @@ from IPython.display import Markdown, display
 from lib.metrics import as_certificates, certified_accuracy
 from lib.store.files import write_atomically
 
+ROOT = pathlib.Path(__file__).parent.parent
+# What has been shown so far, in order: the numbers of figures and tables.
+_shown = {"Figure": [], "Table": []}
+
 
 def _folder():
-    return pathlib.Path(os.environ.get("FIGURES", "figures"))
+    # Only make sets FIGURES: a reader's run leaves the committed figures alone.
+    return pathlib.Path(os.environ.get("FIGURES") or ROOT / "build/reader/figures")
 
 
 def style():
-    """Set the house style: colour-blind-safe, white grid, sizes that read on a laptop. Call once at the top of a notebook."""
+    """Set the house style: colour-blind-safe, white grid, sizes for a laptop; call once."""
     sns.set_theme(context="notebook", style="whitegrid", palette="colorblind")
     plt.rcParams |= {
         "figure.figsize": (7.0, 4.2),
@@ -32,44 +39,106 @@ def style():
     }
 
 
+def versions(*packages):
+    """One line with the versions of Python and of the named packages."""
+    found = [f"{name} {importlib.metadata.version(name)}" for name in packages]
+    return ", ".join([f"Python {platform.python_version()}", *found])
+
+
+def published(name, **settings):
+    """A paper's own table as printed: data/published/NAME.csv as a DataFrame.
+
+    - name: such as "cohen2019_table3".
+    - settings: further arguments of pandas.read_csv, such as dtype.
+
+    Raises ValueError that lists the names if there is no such table.
+    """
+    folder = ROOT / "data/published"
+    names = sorted(path.stem for path in folder.glob("*.csv"))
+    if name not in names:
+        raise ValueError(f"name must be one of {', '.join(names)}; got {name!r}")
+    return pd.read_csv(folder / f"{name}.csv", comment="#", **settings)
+
+
+def sliders(draw, **ranges):
+    """Call `draw` whenever a reader moves a slider; under make, once, at the starting values.
+
+    - draw: function of the named numbers; what it prints or shows appears below the sliders.
+    - ranges: name=(start, low, high, step) of each slider.
+    """
+    if "FIGURES" in os.environ:
+        draw(**{name: start for name, (start, *_) in ranges.items()})
+        return
+    from ipywidgets import FloatSlider, interact
+
+    made = {
+        name: FloatSlider(start, min=low, max=high, step=step, readout_format=".3f")
+        for name, (start, low, high, step) in ranges.items()
+    }
+    interact(draw, **made)
+
+
 def _write_csv(data, path):
     if not isinstance(data, pd.DataFrame):
         raise ValueError(
             f"data must be a pandas DataFrame, the numbers behind {path}; got {type(data).__name__}"
         )
-    # Twelve digits: more than a reader needs, fewer than differ between machines.
-    write_atomically(
-        path, data.to_csv(index=False, float_format="%.12g", lineterminator="\n").encode()
-    )
+    # Eight digits: sums in another order, on another processor, differ in later ones.
+    text = data.to_csv(index=False, float_format="%.8g", lineterminator="\n")
+    write_atomically(path, text.encode())
 
 
 def write_png(fig, path):
-    """Write a figure to `path`, whole or not at all, and close it; returns the bytes, the same for the same figure."""
+    """Write a figure to `path`, whole or not at all, and close it.
+
+    Returns the bytes, the same for the same figure (matplotlib's version is left out).
+    """
     buffer = io.BytesIO()
-    fig.savefig(
-        buffer, format="png", metadata={"Software": None}
-    )  # without matplotlib's version in it
+    # Tight: pictures of fixed shape leave no empty strip below them.
+    fig.savefig(buffer, format="png", metadata={"Software": None}, bbox_inches="tight")
     plt.close(fig)
     write_atomically(path, buffer.getvalue())
     return buffer.getvalue()
 
 
-def save(fig, name, data):
-    """Write figures/NAME.png and figures/NAME.csv and show the figure; nothing partial is left under either name.
+def _numbered(kind, name, caption):
+    # "Figure 2.3. Caption": the third figure of chapter 02, however often its cell is run.
+    chapter = name[:2]
+    if not (caption and chapter.isdigit()):
+        return caption
+    if name not in _shown[kind]:
+        _shown[kind].append(name)
+    return f"{kind} {int(chapter)}.{_shown[kind].index(name) + 1}. {caption}"
 
-    name: "NN_notebook/short-name". data: DataFrame, the numbers behind the figure. (Folder: $FIGURES, default figures/.)
+
+def save(fig, name, data, caption=""):
+    """Write NAME.png and NAME.csv, whole or not at all, and show the figure with its number.
+
+    They go to $FIGURES, which make sets, or else to build/reader/figures.
+
+    - fig: matplotlib figure; it is closed.
+    - name: "NN_notebook/short-name".
+    - data: DataFrame, the numbers behind the figure.
+    - caption: what is seen, in a sentence; also the picture's alternative text.
     """
     png = write_png(fig, _folder() / f"{name}.png")
     _write_csv(data, _folder() / f"{name}.csv")
-    # The name in the metadata lets notebooks/run.py link to the file instead of embedding the picture again.
+    caption = _numbered("Figure", name, caption)
+    # The name in the metadata lets notebooks/run.py link to the file: the picture is kept once.
     picture = {"image/png": base64.b64encode(png).decode(), "text/plain": f"figure {name}"}
-    display(picture, raw=True, metadata={"figure": name})
+    display(picture, raw=True, metadata={"figure": name, "caption": caption})
+    if caption:
+        display(Markdown(f"*{caption}*"))
 
 
 def table(frame, name, caption="", digits=3, bold=None):
-    """Write figures/NAME.csv (full precision) and show the table, floats with `digits` decimals, a dash where there is no number.
+    """Write NAME.csv (eight digits) and show the table, a dash where there is no number.
 
-    bold: columns whose largest value is set bold. Index levels that have names become columns.
+    - frame: DataFrame; index levels that have names become columns.
+    - name: "NN_notebook/short-name", in the folder that `save` writes to.
+    - caption: what the table holds; it is numbered.
+    - digits: decimals of the floats that are shown.
+    - bold: columns whose largest value is set bold.
     """
     if any(frame.index.names):
         frame = frame.reset_index()
@@ -86,6 +155,7 @@ def table(frame, name, caption="", digits=3, bold=None):
                 "**{}**".format
             )
     text = markdown(shown)
+    caption = _numbered("Table", name, caption)
     display(Markdown(f"*{caption}*\n\n{text}" if caption else text))
 
 
@@ -113,7 +183,12 @@ def draw_logs(logs, path):
 
 
 def certified_accuracy_curves(axes, curves, radii):
-    """Draw certified accuracy over the radius, one curve a name: curves {name: accuracy [R]}, radii [R] in l2, pixels in [0, 1]."""
+    """Draw certified accuracy over the radius.
+
+    - axes: matplotlib axes.
+    - curves: {name: accuracy [R]}, one line each.
+    - radii: [R], l2, pixels in [0, 1].
+    """
     for (name, accuracy), dash in zip(
         curves.items(), itertools.cycle(["-", "--", "-.", ":"]), strict=False
     ):

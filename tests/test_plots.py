@@ -1,5 +1,7 @@
 """Figures and tables: the files that they leave, and what they show."""
 
+import sys
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
@@ -33,9 +35,9 @@ def test_a_figure_leaves_the_same_picture_each_time_and_its_numbers(tmp_path, sh
     plots.save(figure()[0], "nb/x", data)
     assert first[:8] == b"\x89PNG\r\n\x1a\n"
     assert (tmp_path / "nb/x.png").read_bytes() == first
-    assert (tmp_path / "nb/x.csv").read_text() == "radius,a\n0,0.333333333333\n2,0.5\n"
+    assert (tmp_path / "nb/x.csv").read_text() == "radius,a\n0,0.33333333\n2,0.5\n"
     assert sorted(path.name for path in (tmp_path / "nb").iterdir()) == ["x.csv", "x.png"]
-    assert shown[0][1]["metadata"] == {"figure": "nb/x"}
+    assert shown[0][1]["metadata"] == {"figure": "nb/x", "caption": ""}
     assert not plt.get_fignums()
     with pytest.raises(ValueError, match="data must be a pandas DataFrame"):
         plots.save(figure()[0], "nb/y", [1, 2])
@@ -56,12 +58,60 @@ def test_a_table_shows_rounded_numbers_and_keeps_full_ones(tmp_path, shown):
         {"n": [10, 20], "ACR": [1 / 3, np.nan]}, index=pd.Index(["a", "b"], name="log")
     )
     plots.table(frame, "nb/t", "Two rows.", bold=["ACR"])
-    assert (tmp_path / "nb/t.csv").read_text() == "log,n,ACR\na,10,0.333333333333\nb,20,\n"
-    assert shown[0][0].data.split("\n") == [
-        "*Two rows.*",
-        "",
-        "| log | n | ACR |",
-        "| --- | --- | --- |",
-        "| a | 10 | **0.333** |",
+    assert (tmp_path / "nb/t.csv").read_text() == "log,n,ACR\na,10,0.33333333\nb,20,\n"
+    assert shown[0][0].data.splitlines() == [
+        "*Two rows.*", "", "| log | n | ACR |", "| --- | --- | --- |", "| a | 10 | **0.333** |",
         "| b | 20 | – |",
+    ]  # fmt: skip
+
+
+def test_figures_and_tables_of_a_chapter_are_numbered_in_order(tmp_path, shown, monkeypatch):
+    monkeypatch.setattr(plots, "_shown", {"Figure": [], "Table": []})
+    frame = pd.DataFrame({"n": [1]})
+    for name in ("07_x/a", "07_x/b", "07_x/a"):
+        plots.save(figure()[0], name, frame, "What is seen.")
+    plots.table(frame, "07_x/t", "What it holds.")
+    pictures = [settings["metadata"] for _, settings in shown if settings]
+    assert [found["caption"] for found in pictures] == [
+        "Figure 7.1. What is seen.", "Figure 7.2. What is seen.", "Figure 7.1. What is seen."
+    ]  # fmt: skip
+    assert shown[1][0].data == "*Figure 7.1. What is seen.*"
+    assert shown[-1][0].data.startswith("*Table 7.1. What it holds.*")
+
+
+def test_only_make_writes_to_figures(tmp_path, shown, monkeypatch):
+    monkeypatch.delenv("FIGURES")
+    monkeypatch.setattr(plots, "ROOT", tmp_path)
+    plots.table(pd.DataFrame({"n": [1]}), "07_x/t")
+    assert [path.relative_to(tmp_path).as_posix() for path in tmp_path.rglob("*.csv")] == [
+        "build/reader/figures/07_x/t.csv"
     ]
+
+
+def test_digits_that_differ_between_processors_are_not_written(tmp_path, shown):
+    sums = [0.1 + 0.2, sum([0.1] * 10)]
+    plots.table(pd.DataFrame({"p": sums}), "nb/t")
+    plots.table(pd.DataFrame({"p": [0.3, 1.0]}), "nb/u")
+    assert (tmp_path / "nb/t.csv").read_text() == (tmp_path / "nb/u.csv").read_text()
+
+
+def test_published_tables_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert plots.published("cohen2019_table3", dtype={"sigma": str}).sigma[0] == "0.12"
+    with pytest.raises(ValueError, match=r"name must be one of .*chen2022_table1, .*; got 'nothing'"):
+        plots.published("nothing")
+
+
+def test_sliders_stand_at_their_start_under_make(shown, monkeypatch):
+    seen = []
+    plots.sliders(lambda p, n: seen.append((p, n)), p=(0.9, 0, 1, 0.1), n=(3, 1, 9, 1))
+    assert seen == [(0.9, 3)]
+    moved = []
+    monkeypatch.delenv("FIGURES")
+    monkeypatch.setattr("ipywidgets.interact", lambda draw, **made: moved.append(made))
+    plots.sliders(lambda p: None, p=(0.9, 0, 1, 0.1))
+    assert (moved[0]["p"].value, moved[0]["p"].max) == (0.9, 1)
+
+
+def test_versions_are_one_line():
+    assert plots.versions("numpy") == f"Python {sys.version.split()[0]}, numpy {np.__version__}"

@@ -34,9 +34,8 @@ def test_the_published_average_certified_radii(method):
         log = zoo.published(f"cifar10-resnet110-{method}-sigma{sigma:.2f}")
         assert len(log) == 10_000
         assert (log.attrs["sigma"], log.attrs["n"], log.attrs["alpha"]) == (sigma, 100_000, 0.001)
-        found = average_certified_radius(
-            log.rename(columns={"predict": "prediction"}), log["label"]
-        )
+        certificates = log.rename(columns={"predict": "prediction"})
+        found = average_certified_radius(certificates, log["label"])
         assert found == pytest.approx(expected, abs=0.0015)
         # The largest radius that n and alpha allow, 3.811 sigma, is in every log, as printed.
         largest = float(f"{3.8115 * sigma:.3g}")
@@ -68,10 +67,10 @@ def test_what_cannot_be_packed_is_refused(tmp_path):
     path, good = tmp_path / "logs.npz", log_of([0.1, 0.2, 0.0])
     with pytest.raises(ValueError, match="more than four significant digits"):
         save_logs(path, {"a": log_of([0.12345, 1.0, 0.0])}, {"a": {}})
+    other = log_of([0.1, 0.2, 0.0], label=(1, 1, 1))
     with pytest.raises(ValueError, match="b has other values of label"):
-        other = log_of([0.1, 0.2, 0.0], label=(1, 1, 1))
         save_logs(path, {"a": good, "b": other}, {"a": {}, "b": {}})
-    with pytest.raises(ValueError, match="whose class is not its label"):
+    with pytest.raises(ValueError, match="a class correct that is not the label"):
         save_logs(path, {"a": good.assign(correct=1)}, {"a": {}})
 
 

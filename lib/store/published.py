@@ -34,9 +34,7 @@ def save_logs(path, tables, headers, **header):
             if column in ("idx", "label") and not np.array_equal(table[column], same):
                 raise ValueError(f"tables: {name} has other values of {column} than the first log")
         if not ((table["predict"] == table["label"]) == (table["correct"] == 1)).all():
-            raise ValueError(
-                f"tables: {name} calls an example correct whose class is not its label"
-            )
+            raise ValueError(f"tables: {name} calls a class correct that is not the label")
         digits, places = _split(table["radius"].to_numpy())
         arrays[f"{name}/predict"] = table["predict"].to_numpy(np.int16)
         arrays[f"{name}/digits"], arrays[f"{name}/places"] = digits, places
@@ -62,7 +60,7 @@ def _split(radius):
 
 
 def published_header(path):
-    """The header of a file of `save_logs`: source, licence, n0, n, alpha, and per log under `logs`."""
+    """The header of a file of `save_logs`: source, licence, n0, n, alpha; of each log in `logs`."""
     return json.loads(str(_open(path)["header"]))
 
 
