@@ -4,7 +4,10 @@ Files are downloaded once, checked, and read from disk afterwards.
 """
 
 import dataclasses
+import functools
 import gzip
+import importlib
+import importlib.util
 import io
 import os
 import pathlib
@@ -286,8 +289,6 @@ class ImageFolder:
     """
 
     def __init__(self, folder):
-        from lib.vision import torchvision
-
         folder = pathlib.Path(folder)
         if not folder.is_dir() or not any(child.is_dir() for child in folder.iterdir()):
             raise FileNotFoundError(
@@ -296,9 +297,9 @@ class ImageFolder:
                 "into class folders, and put it there or give its path"
             )
         size = INFO["imagenet"].shape[1]
-        steps = torchvision.transforms
+        steps = torchvision().transforms
         transform = steps.Compose([steps.Resize(256), steps.CenterCrop(size), steps.ToTensor()])
-        self._folder = torchvision.datasets.ImageFolder(folder, transform)
+        self._folder = torchvision().datasets.ImageFolder(folder, transform)
         self.labels = torch.tensor(self._folder.targets)
 
     def __len__(self):
@@ -314,3 +315,22 @@ class ImageFolder:
             for path, _ in self._folder.samples
         ]
         return sha256(repr(files).encode())
+
+
+@functools.cache
+def torchvision():
+    """The torchvision package: the one place that imports it, when it is first needed.
+
+    torchvision registers kernels for two operators of its compiled part when it is imported. Beside
+    a build of torch that this part was not made for (a CPU build with the PyPI wheel) they do not
+    exist and the import fails, although models, transforms and data sets need neither. They are
+    declared here where they are missing, and only there.
+    """
+    folder = pathlib.Path(importlib.util.find_spec("torchvision").origin).parent
+    try:
+        torch.ops.load_library(str(next(folder.glob("_C.*"))))
+    except (StopIteration, OSError):
+        boxes = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
+        torch.library.define("torchvision::nms", boxes)
+        torch.library.define("torchvision::qnms", boxes)
+    return importlib.import_module("torchvision")

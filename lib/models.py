@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lib.checks import check_choice
-from lib.data import INFO
+from lib.data import INFO, torchvision
 from lib.ensemble import Ensemble
 from lib.store.checkpoints import read_checkpoint, state_hash, write_checkpoint
 from lib.store.programs import Program
@@ -123,14 +123,12 @@ def build(architecture, data):
 
 
 def _torchvision(name, shape, classes):
-    from lib.vision import torchvision
-
     if shape[0] != 3:
         raise ValueError(
             f"architecture {name!r} takes images of 3 channels; this data set has {shape[0]}: take "
             "small_cnn or cifar_resnet20"
         )
-    return getattr(torchvision.models, name)(weights=None, num_classes=classes)
+    return getattr(torchvision().models, name)(weights=None, num_classes=classes)
 
 
 ARCHITECTURES = {

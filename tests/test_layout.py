@@ -12,7 +12,7 @@ LIB = pathlib.Path(lib.__file__).parent
 LAYERS = """
 checks
 store.files store.registry store.journal store.logs store.records store.checkpoints store.*
-bounds noise vision
+bounds noise
 boundaries
 data
 ensemble
