@@ -7,6 +7,7 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from scipy.stats import beta, binom, binomtest, norm
+from statsmodels.stats.proportion import proportion_confint
 
 from lib.bounds import clopper_pearson_lower
 from lib.certify import ABSTAIN, Certificates, certify
@@ -334,6 +335,38 @@ def test_draws_of_any_whole_type_are_added_up_in_64_bits(dtype):
         assert (got.n >= 110).all()
         exact = failure_rate(0.7, 110, expected, reuse)
         assert failure_rate(0.7, dtype(110), found, reuse) == exact
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("absolute", 0.05), ("relative", 0.2)])
+@pytest.mark.parametrize("step", [None, 0.001, 0.4])
+def test_the_first_stage_gives_a_two_sided_interval(step, kind, limit):
+    """k_hat is psi at the ends of Clopper and Pearson's interval, alpha / 2 on either side.
+
+    Where the interval lies below 1/2 no more draws are taken, also in a cell of the grid that
+    reaches above 1/2 (0.4: from .4 to .8). AD's k_hat is that of the upper end, RD's often that
+    of the lower.
+    """
+    n0, alpha = 60, 0.1
+    found = sample_size_map(500, limit, kind, NOISE, alpha, step)
+    hits = np.arange(n0 + 1)
+    source = RecordedCounts([[h, n0 - h] for h in hits])
+    asked = []
+    draw = source.draw
+
+    def first_only(n):
+        asked.append(np.broadcast_to(n, len(hits)))
+        return draw(n) if len(asked) == 1 else np.zeros((len(hits), 2), dtype=np.int64)
+
+    source.draw = first_only
+    given_class = np.zeros(len(hits), dtype=int)
+    certify_iss(source, NOISE, n0, 500, found, alpha, prediction=given_class)
+    low, up = proportion_confint(hits, n0, alpha=alpha, method="beta")
+    low, up = np.where(hits == 0, 0, low), np.where(hits == n0, 1, up)
+    expected = np.where(up > 0.5, found(low, up), 0)
+    np.testing.assert_array_equal(asked[1], expected)
+    below = (up <= 0.5) & (up > 0.4)
+    assert below.sum() > 3
+    assert (expected[~below & (up > 0.5)] > 0).any()
 
 
 def test_an_interval_below_one_half_abstains_after_n0_draws():
