@@ -8,11 +8,17 @@ import torch
 from torch import nn
 
 from lib.certify import certify
+from lib.counts import RecordedCounts
+from lib.engine import jobs
 from lib.engine.classifier import BaseClassifier
 from lib.engine.live import ModelCounts
 from lib.engine.readouts import Readout, readout
+from lib.ensemble import Ensemble
 from lib.iss import certify_iss, sample_size_map
 from lib.noise import CHUNK, Gaussian, noise_stream
+from lib.samplers import Certify, InputSpecific, RecordVotes
+from lib.store.logs import read_log
+from lib.store.records import load_counts
 
 SHAPE, NOISE = (1, 4, 4), Gaussian(0.5)
 PLAIN = {"dtype": torch.float32, "block": 64, "layout": "contiguous", "compile": False}
@@ -431,3 +437,76 @@ def test_non_finite_logits_of_a_member_are_refused(readouts):
         other = ModelCounts(models, images(2), NOISE, readouts=readouts, **PLAIN)
         with pytest.raises(ValueError, match="non-finite"):
             other.view(readouts[0]).draw(1000)
+
+
+def job(out, sampler, readouts, index=(1, 2, 5, 6), **engine):
+    x = images(8)
+    network = Ensemble(networks())
+    labels, index = torch.zeros(8, dtype=torch.int64), np.array(index)
+    engine = PLAIN | engine
+    return jobs.Job(network, "five", x, labels, index, sampler, NOISE, 3, out, {}, engine, readouts)
+
+
+def test_a_run_records_all_readouts_killed_and_continued(tmp_path, monkeypatch):
+    """A kill between two groups, more examples, more draws: the record is that of one draw."""
+    monkeypatch.setattr(jobs, "BLOCKS", 1)
+    direct = ModelCounts(
+        networks(), images(8)[[1, 2, 5, 6]], NOISE, [1, 2, 5, 6], 3, readouts=NAMES, **PLAIN
+    )
+    expected = direct.draw(250)
+    append, path = jobs.Journal.append, tmp_path / "votes"
+
+    def killed(journal, entries):
+        append(journal, entries)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs.Journal, "append", killed)
+    with pytest.raises(KeyboardInterrupt):
+        jobs.run(job(path, RecordVotes(90), NAMES, [2, 5]))
+    monkeypatch.setattr(jobs.Journal, "append", append)
+    assert jobs.run(job(path, RecordVotes(90), NAMES, [2, 5])) == 1
+    jobs.run(job(path, RecordVotes(90), NAMES))
+    jobs.run(job(path, RecordVotes(250), NAMES))
+    record = load_counts(tmp_path / "votes.npz")
+    assert record.readouts == NAMES
+    np.testing.assert_array_equal(record.counts, expected)
+    np.testing.assert_array_equal(record.header["evaluations"], direct.evaluations)
+    name = "consensus2:0-4"
+    alone = RecordedCounts(record.readout(name)).draw(250)
+    np.testing.assert_array_equal(alone, expected[NAMES.index(name)])
+    with pytest.raises(ValueError, match="readouts = "):
+        jobs.run(job(path, RecordVotes(250), NAMES[::-1]))
+
+
+@pytest.mark.parametrize("sampler", [Certify(20, 300, 0.01), InputSpecific(50, 900, 0.01)])
+def test_a_run_of_one_readout_certifies_it(sampler, tmp_path):
+    """A true K-consensus: log, record and the passes that it cost."""
+    name, out = "consensus2:0-4", tmp_path / "log"
+    assert jobs.run(job(out, sampler, name)) == 4
+    assert jobs.run(job(out, sampler, name)) == 0
+    source = ModelCounts(
+        networks(), images(8)[[1, 2, 5, 6]], NOISE, [1, 2, 5, 6], 3, readouts=NAMES, **PLAIN
+    ).view(name)
+    found, log, record = sampler(source, NOISE), read_log(out), load_counts(tmp_path / "log.npz")
+    np.testing.assert_array_equal(log["predict"], found.prediction)
+    np.testing.assert_array_equal(log["radius"], found.radius)
+    np.testing.assert_array_equal(record.counts, source.votes)
+    assert record.header["readout"] == name
+    np.testing.assert_array_equal(record.header["evaluations"], source.evaluations)
+
+
+def test_a_run_restores_members_of_different_precision(tmp_path):
+    engine = {"dtype": "float32, bfloat16", "layout": "contiguous, channels_last"}
+    made = job(tmp_path / "x", RecordVotes(100), ("soft:1,3",), **engine)
+    jobs.run(made)
+    header = load_counts(tmp_path / "x.npz").header
+    assert header["dtype"] == "float32, bfloat16"
+    assert header["layout"] == "contiguous, channels_last"
+    assert jobs.run(dataclasses.replace(made, sampler=RecordVotes(130))) == 4
+
+
+def test_runs_of_readouts_that_cannot_be(tmp_path):
+    with pytest.raises(ValueError, match="several are recorded by the sampler record"):
+        job(tmp_path / "x", Certify(20, 100), NAMES)
+    with pytest.raises(ValueError, match="readouts must be left out for a model that is no Ens"):
+        dataclasses.replace(job(tmp_path / "x", RecordVotes(10), NAMES), model=networks()[0])

@@ -102,6 +102,7 @@ class BaseClassifier:
       that makes this network faster. Decided once per job, at its first draw.
     - tune: whether block and layout, where they are None, are chosen by a short measurement, which
       is cached in the user's cache folder. False takes channels_last and 128 (CPU) or 4,096 (GPU).
+    - votes: False makes a member of several networks, whose logits are read in float32.
 
     `settings` says what was chosen. Votes of different settings may differ at rounding ties: fix
     the settings to compare counts bit by bit. Raises ValueError naming the argument.
@@ -117,6 +118,7 @@ class BaseClassifier:
         layout=None,
         compile="auto",
         tune=True,
+        votes=True,
     ):
         if not isinstance(model, nn.Module):
             raise ValueError(
@@ -146,10 +148,10 @@ class BaseClassifier:
         self.memory_format = (
             torch.channels_last if self.layout == "channels_last" else torch.contiguous_format
         )
-        model = model.requires_grad_(False).to(self._numbers)
+        model = model.requires_grad_(False).to(self.input_dtype)
         model = model.to(memory_format=self.memory_format)
-        self._use(_Voter(model, self.classes))
-        self._scoring = None
+        self._use(_Voter(model, self.classes) if votes else _Scorer(model))
+        self._scoring = None if votes else self
         self.compiled, self._auto = False, compile == "auto"
         if compile is True:
             self.compile()
@@ -183,7 +185,7 @@ class BaseClassifier:
         self._voter, self._copies = voter, [voter]
 
     @property
-    def _numbers(self):
+    def input_dtype(self):
         """The dtype of images and floating-point weights: an 8-bit network rounds by itself."""
         return torch.float32 if self.dtype == torch.int8 else self.dtype
 
@@ -274,7 +276,7 @@ class BaseClassifier:
 
     def empty_block(self):
         """A block of zeros [block, *shape], in the dtype, layout and device of the network."""
-        return torch.zeros(self.block, *self.shape, dtype=self._numbers, device=self.device).to(
+        return torch.zeros(self.block, *self.shape, dtype=self.input_dtype, device=self.device).to(
             memory_format=self.memory_format
         )
 
@@ -293,19 +295,16 @@ class BaseClassifier:
         """A ballot for each worker: calls of (block, place), then `rest`, give (place, votes)."""
         return [_Ballot(self, voter) for voter in self.voters(workers, compiled)]
 
-    def scoring(self, compile=None):
+    def scoring(self):
         """The same network as a member of several: `forward` gives its logits in float32.
 
-        It shares the weights, and is made once.
-
-        - compile: as for BaseClassifier; default: as this one is.
+        It shares the weights, is compiled where this one is, and is made once.
         """
         if self._scoring is None:
             member = copy.copy(self)
             member._use(_Scorer(self._copies[0].model))
             member._scoring, member.compiled = member, False
-            member._auto = self._auto if compile is None else compile == "auto"
-            if compile is True or (compile is None and self.compiled):
+            if self.compiled:
                 member.compile()
             self._scoring = member
         return self._scoring

@@ -28,6 +28,7 @@ from lib.data import content_hash
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import has_compiler
 from lib.engine.live import ModelCounts
+from lib.engine.readouts import Panel
 from lib.models import model_hash
 from lib.store.journal import Journal
 from lib.store.logs import journal_table, write_log
@@ -54,8 +55,10 @@ class Job:
       resumed (data set, split, ...).
     - engine: arguments of BaseClassifier (device, dtype, block, layout, compile, ...), None or
       "auto" where it is to choose.
+    - readouts: of a `model` that is an Ensemble, how its networks vote (lib.engine.readouts): the
+      name of one, or a tuple of names, whose votes are recorded in one pass.
 
-    Raises ValueError naming index or labels.
+    Raises ValueError naming index, labels, noise or readouts.
     """
 
     model: torch.nn.Module
@@ -69,6 +72,7 @@ class Job:
     out: pathlib.Path
     settings: dict = dataclasses.field(default_factory=dict)
     engine: dict = dataclasses.field(default_factory=dict)
+    readouts: str | tuple | None = None
 
     def __post_init__(self):
         size = len(self.images)
@@ -88,10 +92,24 @@ class Job:
             "fixed_draws": self.sampler.fixed,
             "seed": self.seed,
         }
+        if self.readouts is not None:
+            known |= self._checked_readouts()
         object.__setattr__(self, "index", index)
         object.__setattr__(self, "labels", check_labels(np.asarray(self.labels), size, "labels"))
         object.__setattr__(self, "out", pathlib.Path(self.out))
         object.__setattr__(self, "settings", self.settings | known)
+
+    def _checked_readouts(self):
+        """The readouts as settings: {"readout": name} or {"readouts": [names]}."""
+        if not hasattr(self.model, "members"):
+            raise ValueError("readouts must be left out for a model that is no Ensemble")
+        if isinstance(self.readouts, str):
+            return {"readout": self.readouts}
+        if self.certifies:
+            raise ValueError(
+                "readouts must be one to be certified; several are recorded by the sampler record"
+            )
+        return {"readouts": list(self.readouts)}
 
     @property
     def certifies(self):
@@ -229,9 +247,13 @@ def _adopt_record(job, journal):
     settings = {name: record.header.get(name) for name in job.settings}
     made = {"model": record.header["model"], "settings": settings, "engine": engine}
     journal.begin(made)
+    columns = {}
+    if "evaluations" in record.header:
+        columns = {"evaluations": np.array(record.header["evaluations"]).T.tolist()}
     journal.append(
         [
             {"idx": int(i), "label": int(label), "votes": [record.counts[..., row, :].tolist()]}
+            | {name: column[row] for name, column in columns.items()}
             for row, (i, label) in enumerate(zip(record.index, record.labels, strict=True))
         ]
     )
@@ -318,7 +340,7 @@ def _choose_engine(job):
     """The engine's settings, from the whole size of the run, so that resumed runs count alike."""
     if rank()[1] > 1:
         torch.set_num_threads(_cores())
-    chosen = BaseClassifier(job.model, job.shape(), **job.engine)
+    chosen = _ready(job, job.engine)
     check_labels(job.labels[job.index], len(job.index), "labels", chosen.classes)
     chosen.consider_compiling(len(job.index) * job.sampler.most)
     return chosen.settings
@@ -331,16 +353,24 @@ def _device(job, engine):
     return f"cuda:{os.environ['LOCAL_RANK']}" if several else asked
 
 
+def _ready(job, engine):
+    """What votes in a run: a BaseClassifier, or the Panel of its readouts."""
+    if job.readouts is None:
+        return BaseClassifier(job.model, job.shape(), **engine)
+    return Panel(list(job.model.members), job.readouts, job.shape(), engine)
+
+
 def _base(job, engine):
-    """The base classifier of a run, with the engine's settings that it was begun with."""
-    base = BaseClassifier(
-        job.model,
-        job.shape(),
-        device=_device(job, engine),
-        dtype=getattr(torch, engine["dtype"]),
-        block=engine["block"],
-        layout=engine["layout"],
-        compile=engine["compiled"],
+    """What votes in a run, with the engine's settings that it was begun with."""
+    base = _ready(
+        job,
+        {
+            "device": _device(job, engine),
+            "dtype": engine["dtype"],
+            "block": engine["block"],
+            "layout": engine["layout"],
+            "compile": engine["compiled"],
+        },
     )
     if rank()[0] == 0:
         chosen = ", ".join(f"{name} {value}" for name, value in engine.items())
@@ -409,6 +439,8 @@ def _certify_group(job, base, group, entries):
     source = ModelCounts(base, job.images[index], noise, index=index, seed=job.seed, progress=False)
     stages = _stages(group, entries, source.votes)
     source.votes += sum(stages)
+    for i, example in enumerate(group):
+        source.evaluations[..., i] += entries.get(example, {}).get("evaluations", 0)
     counts = _Staged(source, stages)
     certificates = job.sampler(counts, noise)
     drawn = _drawn(source.votes)
@@ -428,6 +460,7 @@ def _certify_group(job, base, group, entries):
             "time": float(seconds[i]),
             "votes": [stage[..., i, :].tolist() for stage in counts.stages],
         }
+        | ({} if job.readouts is None else {"evaluations": source.evaluations[..., i].tolist()})
         for i in range(len(group))
     ]
 
@@ -458,6 +491,8 @@ def _finish(job, journal):
     votes = [np.sum([np.asarray(stage) for stage in entry["votes"]], axis=0) for entry in entries]
     labels = job.labels[job.index]
     header = {"model": job.name} | job.settings | journal.made["engine"]
+    if job.readouts is not None:
+        header["evaluations"] = np.array([entry["evaluations"] for entry in entries]).T.tolist()
     save_counts(job.path(".npz"), np.stack(votes, axis=-2), job.index, labels, **header)
     if job.certifies:
         write_log(job.out, journal_table(entries))

@@ -74,7 +74,7 @@ class ModelCounts:
                 f"got {len(noise.sigma)}"
             )
         self.classes = self.base.classes
-        many = readouts is not None and not _is_one(readouts)
+        many = bool(self.readouts) and not self.base.single
         size = (len(self.names), len(x)) if many else (len(x),)
         self.votes = np.zeros((*size, self.classes), dtype=np.int64)
         self.evaluations = np.zeros(size, dtype=np.int64)
@@ -273,12 +273,10 @@ class ModelCounts:
 _NOT_BOTH = "draw from the source or from its views, not from both: they share one stream"
 
 
-def _is_one(readouts):
-    return isinstance(readouts, str) or hasattr(readouts, "read")
-
-
 def _ready(model, shape, readouts, engine):
     """The BaseClassifier, or the Panel of several networks, that votes."""
+    if isinstance(model, Panel):
+        return model
     several = isinstance(model, list | tuple)
     networks = list(model) if several else [model]
     made = [network for network in networks if isinstance(network, BaseClassifier)]
@@ -295,7 +293,7 @@ def _ready(model, shape, readouts, engine):
                 f"got {shape}"
             )
     if readouts is not None:
-        return Panel(networks, [readouts] if _is_one(readouts) else readouts, shape, engine)
+        return Panel(networks, readouts, shape, engine)
     return model if made else BaseClassifier(model, shape, **engine)
 
 

@@ -108,6 +108,14 @@ def readout(name):
         raise ValueError(f"readout {name!r}: {error}") from error
 
 
+def _part(value, j):
+    """Value j of text such as "float32, bfloat16", else the value itself."""
+    if not isinstance(value, str) or ", " not in value:
+        return value
+    part = value.split(", ")[j]
+    return {"True": True, "False": False}.get(part, part)
+
+
 def _ranges(members):
     """Numbers as text: (0, 1, 2, 5) is "0-2,5"."""
     parts = []
@@ -124,15 +132,17 @@ class Panel:
 
     - networks: nn.Module or BaseClassifier each, of any architectures and precisions, with the same
       image shape, classes, device and block.
-    - readouts: readouts, or their names.
+    - readouts: readouts or their names; one by itself makes an ordinary source of counts.
     - shape: (channels, height, width) of an image.
-    - engine: arguments of BaseClassifier, for those that are none yet.
+    - engine: arguments of BaseClassifier, for networks that are none yet. Text such as "float32,
+      bfloat16" has a value for each network that votes, as in `settings`.
 
     Only networks that a readout names are run. Raises ValueError naming networks or readouts.
     """
 
     def __init__(self, networks, readouts, shape, engine):
-        self.readouts = tuple(readout(name) for name in readouts)
+        self.single = isinstance(readouts, str) or hasattr(readouts, "read")
+        self.readouts = tuple(readout(name) for name in ([readouts] if self.single else readouts))
         names = [item.name for item in self.readouts]
         if not names or len(set(names)) < len(names):
             raise ValueError(f"readouts must be different, and at least one; got {names}")
@@ -142,13 +152,13 @@ class Panel:
                 f"readouts name network {self.used[-1]} of {len(networks)}, counted from 0"
             )
         self.members = []
-        for i in self.used:
-            if isinstance(networks[i], BaseClassifier):
-                self.members.append(networks[i].scoring())
-                continue
-            base = BaseClassifier(networks[i], shape, **engine | {"compile": False})
-            engine = engine | {"block": base.block}
-            self.members.append(base.scoring(engine.get("compile", "auto")))
+        for j, i in enumerate(self.used):
+            base = networks[i]
+            if not isinstance(base, BaseClassifier):
+                own = {name: _part(value, j) for name, value in engine.items()}
+                base = BaseClassifier(base, shape, **own, votes=False)
+                engine = engine | {"block": base.block}
+            self.members.append(base.scoring())
         for name in ("shape", "device", "block", "classes"):
             values = {getattr(base, name) for base in self.members}
             if len(values) > 1:
@@ -156,7 +166,7 @@ class Panel:
                     f"networks must have the same {name}; got {' and '.join(map(str, values))}"
                 )
             setattr(self, name, values.pop())
-        formats = {(base.dtype, base.memory_format) for base in self.members}
+        formats = {(base.input_dtype, base.memory_format) for base in self.members}
         self.dtype, self.memory_format = (
             formats.pop() if len(formats) == 1 else (torch.float32, torch.contiguous_format)
         )
@@ -207,7 +217,8 @@ class Panel:
         )
 
     def _given(self, block, j):
-        return block.to(self.members[j].dtype, memory_format=self.members[j].memory_format)
+        member = self.members[j]
+        return block.to(member.input_dtype, memory_format=member.memory_format)
 
     def positions(self, item):
         """Where a readout's networks stand in `used`."""
