@@ -11,8 +11,32 @@ def average_certified_radius(certificates, labels):
 
     Zhai et al. 2020; Chen et al. 2022, equation 7.
     """
+    return float(np.mean(right_radius(certificates, labels)))
+
+
+def right_radius(certificates, labels):
+    """The radius of each example, 0 where abstained or wrong: float64 [B], in the noise's units."""
     labels = check_labels(labels, len(certificates))
-    return float(np.mean(np.where(certificates.prediction == labels, certificates.radius, 0.0)))
+    return np.where(certificates.prediction == labels, certificates.radius, 0.0)
+
+
+def paired_gain(after, before, labels):
+    """Difference of two ACRs on the same examples, and its standard error over examples.
+
+    Pairing takes out how much examples differ, which is far more than two classifiers differ on
+    one of them.
+
+    - after, before: Certificates of the same B >= 2 examples. labels: int [B].
+
+    Returns (ACR of after - ACR of before, standard error). Raises ValueError naming after.
+    """
+    if len(before) != len(after) or len(after) < 2:
+        raise ValueError(
+            f"after must certify the same examples as before, 2 or more; got {len(after)} and "
+            f"{len(before)}"
+        )
+    gain = right_radius(after, labels) - right_radius(before, labels)
+    return float(gain.mean()), float(gain.std(ddof=1) / np.sqrt(len(gain)))
 
 
 def certified_accuracy(certificates, labels, radii):

@@ -6,7 +6,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.certify import ABSTAIN, Certificates
-from lib.metrics import abstention, average_certified_radius, certified_accuracy, envelope
+from lib.metrics import (
+    abstention,
+    average_certified_radius,
+    certified_accuracy,
+    envelope,
+    paired_gain,
+    right_radius,
+)
 
 
 def certificates(prediction, radius):
@@ -30,6 +37,22 @@ def test_average_certified_radius_by_hand():
 
 def test_a_wrong_example_of_infinite_radius_counts_nothing():
     assert average_certified_radius(certificates([1, 0], [np.inf, 2.0]), [0, 0]) == 1.0
+
+
+def test_paired_gain_by_hand():
+    """Gains .3, .2 (wrong before) and -.1: mean .4/3, deviation of the three over sqrt(3)."""
+    before, after = (
+        certificates([0, 1, 2], [0.1, 0.5, 0.6]),
+        certificates([0, 2, 2], [0.4, 0.2, 0.5]),
+    )
+    labels = np.array([0, 2, 2])
+    np.testing.assert_allclose(right_radius(before, labels), [0.1, 0, 0.6])
+    gain, error = paired_gain(after, before, labels)
+    assert gain == pytest.approx(0.4 / 3)
+    assert error == pytest.approx(np.std([0.3, 0.2, -0.1], ddof=1) / np.sqrt(3))
+    assert paired_gain(after, after, labels) == (0, 0)
+    with pytest.raises(ValueError, match="after must certify the same examples"):
+        paired_gain(after, certificates([0], [0.1]), labels)
 
 
 def test_certified_accuracy_by_hand():
