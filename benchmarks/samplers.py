@@ -111,9 +111,9 @@ def live(images, sigma=0.5, n=100_000):
         if whole is None:
             taken, draws = 10 * taken, 100 + n
             whole = taken
-        share = (found.radius >= (0 if name != "CERTIFY" else sigma)) & (found.prediction >= 0)
+        share = f"{(found.prediction >= 0).mean():.3f}" if name != "CERTIFY" else "-"
         print(
-            f"| {name} | {draws:,.0f} | {share.mean():.3f} | {taken:.1f} "
+            f"| {name} | {draws:,.0f} | {share} | {taken:.1f} "
             f"| {(100 + n) / draws:.1f} | {whole / taken:.1f} |"
         )
 
