@@ -387,7 +387,10 @@ def test_uniform_noise_is_uniform_on_its_cube():
 
 
 def test_the_l1_radius_is_tight():
-    """A threshold on one pixel: its probability falls by |delta|_1 / (2 lambda), to 1/2 at the radius."""
+    """A threshold on one pixel: its probability reaches 1/2 at the radius.
+
+    It falls by |delta|_1 / (2 lambda).
+    """
     half, edge, size = 0.8, 0.3, 400_000
     noise, generator = Uniform(half), np.random.Generator(np.random.SFC64(0))
     p = (half + edge) / (2 * half)

@@ -98,7 +98,8 @@ def test_digits_that_differ_between_processors_are_not_written(tmp_path, shown):
 def test_published_tables_are_found_from_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert plots.published("cohen2019_table3", dtype={"sigma": str}).sigma[0] == "0.12"
-    with pytest.raises(ValueError, match=r"name must be one of .*chen2022_table1, .*; got 'nothing'"):
+    message = r"name must be one of .*chen2022_table1, .*; got 'nothing'"
+    with pytest.raises(ValueError, match=message):
         plots.published("nothing")
 
 
