@@ -103,7 +103,7 @@ def read_table(path=DATA / "experiments.toml"):
         check_choice(models, model=fields["model"])
         engine = ENGINES[models[fields["model"]].data] | fields.pop("engine", {})
         runs[name] = Run(**fields, engine=engine)
-    return models, runs, {name: networks.split() for name, networks in table["moments"].items()}
+    return models, runs, {name: networks.split() for name, networks in table.get("moments", {}).items()}
 
 
 MODELS, RUNS, MOMENTS = read_table()

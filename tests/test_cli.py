@@ -393,6 +393,22 @@ def test_a_job_refuses_what_it_cannot_certify(tmp_path):
     assert not (tmp_path / "y").exists()
 
 
+def test_a_run_that_lacks_an_example_is_not_finished(tmp_path, monkeypatch):
+    """As where another process lost its part: no log and no record of fewer examples."""
+    images, labels = data.load("digits", "test")
+    network, index = zoo.model("digits-cnn-sigma0.50"), np.arange(3)
+    job = jobs.Job(
+        network, "", images, labels, index, Certify(20, 100), Gaussian(0.5), 0, tmp_path / "x"
+    )
+    work = jobs._work
+    monkeypatch.setattr(
+        jobs, "_work", lambda job, plan, journal, mine: work(job, plan, journal, mine[:2])
+    )
+    with pytest.raises(ValueError, match="lacks 1 examples, the first 2: run the same command"):
+        jobs.run(job)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.journal"]
+
+
 def test_a_sampler_that_takes_more_draws_than_it_states_is_refused(tmp_path):
     class Greedy(Certify):
         most = 100
