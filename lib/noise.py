@@ -82,14 +82,15 @@ def restore_noise(description):
     return NOISES.restore(description)
 
 
-def _draw(like, generator, numpy_draw, torch_draw):
-    if isinstance(generator, list):
-        parts = like.chunk(len(generator))
-        drawn = [_draw(p, g, numpy_draw, torch_draw) for p, g in zip(parts, generator, strict=True)]
-        return drawn[0] if len(drawn) == 1 else torch.cat(drawn)
-    if isinstance(generator, np.random.Generator):
-        return torch.from_numpy(numpy_draw(generator, tuple(like.shape)))
-    return torch_draw(like.shape, generator=generator, device=like.device)
+def _draw(like, generator, numpy_fill, torch_fill):
+    out = torch.empty(like.shape, device=like.device)
+    streams = generator if isinstance(generator, list) else [generator]
+    for part, stream in zip(out.chunk(len(streams)), streams, strict=True):
+        if isinstance(stream, np.random.Generator):
+            numpy_fill(stream, out=part.numpy(), dtype=np.float32)
+        else:
+            torch_fill(part, generator=stream)
+    return out
 
 
 def standard_normal(like, generator):
@@ -98,14 +99,12 @@ def standard_normal(like, generator):
     - generator: torch.Generator on that device, or a numpy Generator (CPU only; its seed has more
       than torch's 32 bits on the CPU), or a list of these, which draw equal parts of the rows.
     """
-    return _draw(
-        like, generator, lambda g, shape: g.standard_normal(shape, dtype=np.float32), torch.randn
-    )
+    return _draw(like, generator, np.random.Generator.standard_normal, torch.Tensor.normal_)
 
 
 def standard_uniform(like, generator):
     """Independent draws from [0, 1), in float32; arguments as for `standard_normal`."""
-    return _draw(like, generator, lambda g, shape: g.random(shape, dtype=np.float32), torch.rand)
+    return _draw(like, generator, np.random.Generator.random, torch.Tensor.uniform_)
 
 
 def float32_below(value):

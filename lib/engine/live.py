@@ -12,6 +12,7 @@ from lib.checks import check_images, check_labels, check_request, check_seed
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import cores
 from lib.engine.readouts import Panel, readout
+from lib.engine.views import Stream
 from lib.noise import CHUNK, noise_stream
 
 PIXELS_AT_A_TIME = 1 << 16  # of noise, drawn in one call: smaller pieces cost more in calls
@@ -109,7 +110,7 @@ class ModelCounts:
         if self._stream is None:
             if self.votes.any():
                 raise ValueError(_NOT_BOTH)
-            self._stream = _Stream(self)
+            self._stream = Stream(self)
         return self._stream.views[self.names.index(name)]
 
     def draw(self, n):
@@ -121,15 +122,15 @@ class ModelCounts:
             raise ValueError(_NOT_BOTH)
         n = check_request(n, len(self))
         drawn = self.votes.reshape(-1, len(self), self.classes)[0].sum(axis=1)
-        tallies = self._evaluate(
+        tallies = self.evaluate(
             drawn,
             n,
             lambda i, first, last: np.full(last - first, i),
-            lambda: _Tally(len(self._costs), len(self), self._width, self.base.device),
+            lambda: _Tally(len(self._costs), len(self), self.width, self.base.device),
             padding=len(self),
         )
         counts = sum(tally.counts() for tally in tallies)
-        votes, evaluations = self._summed(counts, n)
+        votes, evaluations = self.summed(counts, n)
         self.votes += votes.reshape(self.votes.shape)
         self.evaluations += evaluations.reshape(self.evaluations.shape)
         return votes.reshape(self.votes.shape)
@@ -141,12 +142,12 @@ class ModelCounts:
         return np.array(costs or [(1, 1)])
 
     @property
-    def _width(self):
+    def width(self):
         """Different votes of a draw: each class, "not finite", and both again past a consensus."""
         some = any(item.consensus is not None for item in self.readouts)
         return (self.classes + 1) * (2 if some else 1)
 
-    def _summed(self, counts, n, first=0):
+    def summed(self, counts, n, first=0):
         """Counts [R, B, width] of votes as class counts [R, B, C] and evaluations [R, B].
 
         - counts: of the readouts from number `first` on.
@@ -165,7 +166,7 @@ class ModelCounts:
         cost = self._costs[first : first + len(counts), None, : counts.shape[2]]
         return counts[..., :-1].sum(axis=2), (counts.sum(axis=3) * cost).sum(axis=2)
 
-    def _evaluate(self, start, n, place, sink, padding):
+    def evaluate(self, start, n, place, sink, padding):
         """Sinks that hold the votes of draws start, ..., start + n - 1 of each example.
 
         - start, n: int64 [B].
@@ -316,96 +317,3 @@ class _Tally:
     def counts(self):
         """int64 [R, B, width]."""
         return self.cells.view(self.shape)[:, :-1].cpu().numpy()
-
-
-class _Roll:
-    """Votes kept one by one, in the order of the stream."""
-
-    def __init__(self, readings, size, width, device):
-        dtype = torch.uint8 if width <= 256 else torch.int16
-        self.votes = torch.zeros(readings, size + 1, dtype=dtype, device=device)
-
-    def add(self, place, votes):
-        """Keep votes [R, rows] at place [rows]."""
-        self.votes[:, place] = votes.to(self.votes.dtype)
-
-
-class _Stream:
-    """The draws of several readouts that not all views have asked for yet."""
-
-    def __init__(self, source):
-        self.source = source
-        self.views = [_View(self, source, r) for r in range(len(source.names))]
-        self.start, self.end = np.zeros((2, len(source)), dtype=np.int64)
-        self.kept = [None] * len(source)
-
-    def counts(self, r, position, n):
-        """Counts int64 [1, B, width] of n draws of readout r from its position on."""
-        width = self.source._width
-        self._reach(position + n)
-        counts = np.zeros((1, len(n), width), dtype=np.int64)
-        for i in np.flatnonzero(n):
-            first = position[i] - self.start[i]
-            counts[0, i] = np.bincount(self.kept[i][r, first : first + n[i]], minlength=width)
-        return counts
-
-    def _reach(self, end):
-        """Evaluate, for all readouts, the draws up to `end` that are not evaluated yet."""
-        source, more = self.source, np.maximum(end - self.end, 0)
-        if not more.any():
-            return
-        total, before = int(more.sum()), np.cumsum(more) - more
-        roll = _Roll(len(self.views), total, source._width, source.base.device)
-        source._evaluate(
-            self.end,
-            more,
-            lambda i, first, last: before[i] - self.end[i] + np.arange(first, last),
-            lambda: roll,
-            padding=total,
-        )
-        votes = roll.votes.cpu().numpy()
-        for i in np.flatnonzero(more):
-            new = votes[:, before[i] : before[i] + more[i]]
-            self.kept[i] = new if self.kept[i] is None else np.hstack([self.kept[i], new])
-        self.end += more
-
-    def forget(self):
-        """Let go of an example's draws once all views are past them."""
-        done = (self.end > self.start) & (
-            np.min([view.drawn for view in self.views], axis=0) == self.end
-        )
-        for i in np.flatnonzero(done):
-            self.kept[i] = None
-        self.start[done] = self.end[done]
-
-
-class _View:
-    """One readout of several as a source of counts."""
-
-    def __init__(self, stream, source, r):
-        self._stream, self._source, self._r = stream, source, r
-        self.name, self.readout = source.names[r], source.readouts[r]
-        self.classes, self.noise, self.index = source.classes, source.noise, source.index
-        self.votes = np.zeros((len(source), source.classes), dtype=np.int64)
-        self.evaluations = np.zeros(len(source), dtype=np.int64)
-
-    def __len__(self):
-        return len(self.votes)
-
-    @property
-    def drawn(self):
-        """Draws so far, int64 [B]."""
-        return self.votes.sum(axis=1)
-
-    def draw(self, n):
-        """Class counts int64 [B, C] of the next n draws of each example.
-
-        - n: one number, or int [B].
-        """
-        n = check_request(n, len(self))
-        counts = self._stream.counts(self._r, self.drawn, n)
-        votes, evaluations = self._source._summed(counts, n, self._r)
-        self.votes += votes[0]
-        self.evaluations += evaluations[0]
-        self._stream.forget()
-        return votes[0]
