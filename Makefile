@@ -13,7 +13,7 @@ READY := $(VENV)/ready
 NOTEBOOKS := $(patsubst notebooks/%.ipynb,%,$(wildcard notebooks/[0-9]*.ipynb))
 MODELS := $(wildcard data/models/*.safetensors)
 RECORDS := $(wildcard data/records/*.npz data/records/*.tsv data/records/published/*.npz)
-PUBLISHED := $(wildcard data/published/*.csv)
+PUBLISHED := $(wildcard data/published/*.csv) $(wildcard data/sigmas/*.npz)
 LIB := $(wildcard lib/*.py lib/*/*.py)
 export PYTHONHASHSEED := 0
 

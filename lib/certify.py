@@ -30,6 +30,11 @@ class Certificates:
     def __len__(self):
         return len(self.prediction)
 
+    def select(self, index):
+        """The certificates of some examples; index: as numpy takes it."""
+        fields = (field.name for field in dataclasses.fields(self))
+        return Certificates(**{name: getattr(self, name)[index] for name in fields})
+
     @classmethod
     def from_bounds(cls, prediction, p_lower, noise, draws):
         """Certificates of the classes whose probability is at least p_lower.

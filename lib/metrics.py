@@ -57,6 +57,19 @@ def certified_accuracy(certificates, labels, radii):
     return (right > radii[..., None]).mean(axis=-1)[()]
 
 
+def row(certificates, labels, radii):
+    """One row of the papers' tables: {"acr": ..., "r0.00": ..., ...}, accuracies as fractions."""
+    accuracy = certified_accuracy(certificates, labels, radii)
+    named = {f"r{r:.2f}": float(a) for r, a in zip(radii, accuracy, strict=True)}
+    return {"acr": average_certified_radius(certificates, labels)} | named
+
+
+def curve(certificates, labels, radii):
+    """Certified accuracy over the radius as a DataFrame, columns radius and accuracy."""
+    accuracy = certified_accuracy(certificates, labels, radii)
+    return pd.DataFrame({"radius": np.asarray(radii, dtype=np.float64), "accuracy": accuracy})
+
+
 def abstention(certificates):
     """The fraction of examples on which the sampler abstained."""
     return float(np.mean(certificates.prediction < 0))

@@ -200,3 +200,24 @@ def certified_accuracy_curves(axes, curves, radii):
         ylim=(0, 1),
     )
     axes.legend()
+
+
+def panels(frame, panel, line, x, y, xlabel, ylabel):
+    """Small multiples of curves, side by side on one scale; returns (figure, axes [panels]).
+
+    - frame: DataFrame, one row per point of a curve.
+    - panel, line: columns whose values tell panels and curves apart, in order of appearance. Curves
+      differ in colour and dashes; the last panel has the legend.
+    - x, y: columns of the coordinates. xlabel, ylabel: with units.
+    """
+    groups = frame.groupby(panel, sort=False)
+    size = (3.7 * groups.ngroups + 0.6, 3.8)
+    fig, axes = plt.subplots(1, groups.ngroups, figsize=size, sharey=True, squeeze=False)
+    for one, (title, rows) in zip(axes[0], groups, strict=True):
+        dashes = itertools.cycle(["-", "--", "-.", ":", (0, (1, 4))])
+        for name, curve in rows.groupby(line, sort=False):
+            one.plot(curve[x], curve[y], ls=next(dashes), label=str(name))
+        one.set(title=str(title), xlabel=xlabel)
+    axes[0, 0].set_ylabel(ylabel)
+    axes[0, -1].legend()
+    return fig, axes[0]

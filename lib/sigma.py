@@ -236,6 +236,11 @@ class _Search:
             if isinstance(model, BaseClassifier)
             else BaseClassifier(model, x.shape[1:], compile=False)
         )
+        if self.base.dtype == torch.int8:
+            raise ValueError(
+                "model must be of dtype float32 or bfloat16: an 8-bit network has no gradient. "
+                "Search with one of these, and certify in int8"
+            )
         self.x, self.objective, self.seed = x.detach(), objective, seed
         self.scale0 = np.broadcast_to(check_sigma(sigma0), len(x)).astype(np.float64)
         low, high = objective.bounds

@@ -259,9 +259,8 @@ def sigma(name, data_path=None, folder=DATA / "sigmas", models=DATA / "models"):
     index = np.arange(0, len(images), run_.stride)
     settings, network = {"data": recipe.data, "split": "test"}, model(run_.model, models)
     kind = type(restore_noise(run_.noise))
-    engine = run_.engine | {"dtype": getattr(torch, run_.engine["dtype"])}
     found = search(
-        network, run_.model, images, index, start, None, kind, run_.seed, settings, engine
+        network, run_.model, images, index, start, None, kind, run_.seed, settings, run_.engine
     )
     found.save(path)
     return load_sigma(path)

@@ -10,9 +10,11 @@ from lib.metrics import (
     abstention,
     average_certified_radius,
     certified_accuracy,
+    curve,
     envelope,
     paired_gain,
     right_radius,
+    row,
 )
 
 
@@ -85,3 +87,17 @@ def test_average_radius_is_the_area_under_the_certified_accuracy(rows):
     assert average_certified_radius(found, labels) == pytest.approx(
         (curve[:-1] * np.diff(steps)).sum(), abs=1e-12
     )
+
+
+def test_a_row_and_a_curve_are_the_metrics():
+    found = Certificates(
+        np.array([0, 1, ABSTAIN]), np.array([0.5, 0.2, 0.0]), np.zeros(3), np.zeros(3, int)
+    )
+    labels = np.array([0, 0, 2])
+    assert row(found, labels, [0.0, 0.5]) == {"acr": 0.5 / 3, "r0.00": 1 / 3, "r0.50": 0.0}
+    assert curve(found, labels, [0.0, 0.4]).to_dict("list") == {
+        "radius": [0.0, 0.4],
+        "accuracy": [1 / 3, 1 / 3],
+    }
+    assert found.select([1]).radius.tolist() == [0.2]
+    assert len(found.select(found.prediction != ABSTAIN)) == 2

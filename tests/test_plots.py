@@ -116,3 +116,17 @@ def test_sliders_stand_at_their_start_under_make(shown, monkeypatch):
 
 def test_versions_are_one_line():
     assert plots.versions("numpy") == f"Python {sys.version.split()[0]}, numpy {np.__version__}"
+
+
+def test_panels_hold_one_curve_per_line_on_one_scale():
+    points = pd.DataFrame(
+        {"net": ["b"] * 4 + ["a"] * 2, "K": [0, 0, 9, 9, 0, 0], "r": [0, 1] * 3, "acc": range(6)}
+    )
+    fig, axes = plots.panels(points, "net", "K", "r", "acc", "radius (pixels)", "accuracy")
+    assert [one.get_title() for one in axes] == ["b", "a"]
+    assert [len(one.lines) for one in axes] == [2, 1]
+    assert axes[0].lines[0].get_linestyle() != axes[0].lines[1].get_linestyle()
+    np.testing.assert_array_equal(axes[0].lines[1].get_ydata(), [2, 3])
+    assert axes[0].get_ylim() == axes[1].get_ylim()
+    assert axes[0].get_ylabel() == "accuracy"
+    plt.close(fig)
