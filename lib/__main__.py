@@ -1,4 +1,4 @@
-"""The command line: python -m lib train | sigma | certify | report | info.
+"""The command line: python -m lib train | quantize | sigma | certify | audit | report | info.
 
 certify also runs under torchrun.
 """
@@ -26,6 +26,7 @@ from lib import data as datasets
 from lib import models, zoo
 from lib.audit import audit as audited
 from lib.audit import verdict, worst
+from lib.engine.classifier import DTYPES
 from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
 from lib.ensemble import VOTES, Ensemble
@@ -39,7 +40,7 @@ from lib.store.files import read_bytes
 from lib.store.logs import read_log
 from lib.store.records import load_counts
 from lib.store.registry import option
-from lib.train import Recipe, Schedule
+from lib.train import Recipe, Schedule, quantize_network
 from lib.train import train as train_network
 
 app = typer.Typer(
@@ -93,7 +94,7 @@ class Engine:
     """How the network runs (lib.engine.classifier.BaseClassifier)."""
 
     device: str | None = option(None, "cpu, cuda, cuda:1; default a GPU where there is one.")
-    dtype: str = option("auto", "Precision certified.", ("auto", "float32", "bfloat16"))
+    dtype: str = option("auto", "Precision certified.", ("auto", *DTYPES))
     block: int | None = option(None, "Images per forward pass; default: measured.")
     layout: str | None = option(
         None, "Memory layout; default: measured.", ("channels_last", "contiguous")
@@ -105,7 +106,7 @@ class Engine:
         """Arguments of BaseClassifier."""
         return {
             "device": self.device and pick_device(self.device),
-            "dtype": None if self.dtype == "auto" else getattr(torch, self.dtype),
+            "dtype": None if self.dtype == "auto" else self.dtype,
             "block": self.block,
             "layout": self.layout,
             "compile": "auto" if self.compile is None else self.compile,
@@ -475,6 +476,41 @@ def train(
     )
 
 
+@command(NOISES)
+def quantize(
+    model: Annotated[str, typer.Argument(help="A checkpoint (ours or published), or a zoo name.")],
+    out: Annotated[pathlib.Path, typer.Option(help="Checkpoint to write: NAME.int8.safetensors.")],
+    data: Annotated[Data | None, typer.Option(help="Data set; default the model's.")] = None,
+    data_path: DataPath = None,
+    architecture: Annotated[
+        Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
+    ] = None,
+    noise: Annotated[Literal[*NOISES], typer.Option(help="Smoothing distribution.")] = "Gaussian",
+    images: Annotated[int, typer.Option(help="Training images that the scales are found on.")] = (
+        1024
+    ),
+    seed: Annotated[int, typer.Option(help="Of the noise on them.")] = 0,
+    as_json: AsJson = False,
+    **options,
+):
+    """Make the 8-bit version of a network, once.
+
+    The result is a network of its own, with its own hash: certify takes it as any other, on CPUs
+    with 8-bit dot products, and its certificates are about it alone.
+    """
+    if out.exists():
+        raise ValueError(f"{out} exists: a network is quantised once; give another --out")
+    network, header = _load_model(model, architecture, data)
+    header |= {"name": pathlib.Path(model).name.removesuffix(".safetensors")}
+    smoothing = _take(options, NOISES, noise)
+    made = quantize_network(out, network, header, smoothing, data_path, images, seed)
+    print(
+        json.dumps(made)
+        if as_json
+        else f"{out}: noisy accuracy {made['noisy_accuracy']:.3f} in 8 bits"
+    )
+
+
 @command()
 def report(
     logs: Annotated[list[pathlib.Path], typer.Argument(help="Logs, ours or published.")],
@@ -565,7 +601,8 @@ def info(
         facts = {"kind": "record"} | size | record.header | {"votes": int(record.counts.sum())}
     else:
         network, header = load_checkpoint(path, architecture, data)
-        parameters = sum(p.numel() for p in network.parameters())
+        weights = list(network.parameters()) or network.integers()
+        parameters = sum(tensor.numel() for tensor in weights)
         facts = {"kind": "checkpoint"} | header
         facts |= {"parameters": parameters, "model_sha256": model_hash(network)}
     if as_json:

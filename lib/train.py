@@ -5,7 +5,9 @@ SGD with Nesterov momentum under a one-cycle schedule, stopped and resumed at an
 
 import copy
 import dataclasses
+import importlib.metadata
 import io
+import itertools
 import pathlib
 import time
 
@@ -26,10 +28,11 @@ from lib.data import content_hash, load
 from lib.engine.admission import logits_of
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import cores, pick_device
+from lib.engine.int8 import quantize
 from lib.engine.live import ModelCounts
 from lib.ensemble import Ensemble, fit_weights, order_by_accuracy
 from lib.losses import LOSSES
-from lib.models import build, ensemble_header, load_checkpoint, save_checkpoint
+from lib.models import build, ensemble_header, load_checkpoint, model_hash, save_checkpoint
 from lib.noise import restore_noise
 from lib.sigma import Objective, carry
 from lib.store.files import sha256, write_atomically
@@ -332,21 +335,60 @@ def noisy_accuracy(model, noise, x, y, dtype="float32", draws=20):
     Networks are watched and chosen by it; images certified at a stride of 20 are never among them.
 
     - model: nn.Module. noise: the smoothing distribution. x, y: the test images and labels.
-    - dtype: precision of the votes. draws: of each image.
+    - dtype: precision of the votes ("int8" for a network of lib.quantize). draws: of each image.
     """
     index = np.arange(1, len(x), 20)
     shape = x.shape[1:]
     base = BaseClassifier(
         model,
         shape,
-        device=next(model.parameters()).device,
-        dtype=getattr(torch, dtype),
+        device=next(itertools.chain(model.parameters(), model.buffers())).device,
+        dtype=dtype,
         block=250,
         layout="channels_last",
-        compile=False,
+        compile=dtype == "int8",
     )
     votes = ModelCounts(base, x[index], noise, index=index, progress=False).draw(draws)
     return float(votes[np.arange(len(index)), np.asarray(y)[index]].sum() / votes.sum())
+
+
+def quantize_network(path, model, header, noise, data_path=None, images=1024, seed=0):
+    """Make the 8-bit version of a trained network and store it, once (lib.quantize).
+
+    - path: of the checkpoint to write.
+    - model, header: the network as load_checkpoint gives it; the header's "name", where it has
+      one, is kept as the source.
+    - noise: smoothing distribution of the calibration. seed: of its noise.
+    - images: number of training images, at equal strides, that the scales are found on.
+    - data_path: as lib.data.load takes it.
+
+    Returns the header written, with the noisy accuracy. Raises ValueError naming images, or where
+    the network cannot be quantised.
+    """
+    check_draws(images=images)
+    x, _ = load(header["data"], "train", path=data_path)
+    if images > len(x):
+        raise ValueError(f"images must be at most {len(x)}, the training images; got {images}")
+    index = np.arange(images) * (len(x) // images)
+    network = quantize(model, x[index], noise, seed)
+    made = {
+        "architecture": header["architecture"],
+        "data": header["data"],
+        "dtype": "int8",
+        "source": header.get("name"),
+        "source_sha256": model_hash(model),
+        "noise": noise.describe(),
+        "images": images,
+        "seed": seed,
+        "data_sha256": content_hash(x),
+        "noisy_accuracy": noisy_accuracy(
+            network, noise, *load(header["data"], "test", path=data_path), "int8"
+        ),
+        "torch": torch.__version__,
+        "torchao": importlib.metadata.version("torchao"),
+    }
+    save_checkpoint(path, network, made)
+    return made
 
 
 def train(recipe, path, data_path=None, device=None, half=True, say=None):

@@ -13,7 +13,6 @@ import tempfile
 import tomllib
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from lib.checks import check_choice
@@ -31,7 +30,7 @@ from lib.store.files import sha256
 from lib.store.logs import read_log
 from lib.store.published import read_published
 from lib.store.records import Record, load_counts, save_counts
-from lib.train import Recipe, Schedule, train
+from lib.train import Recipe, Schedule, quantize_network, train
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 # Usual settings of the engine, by data set: part of what a record is, so never chosen by timing.
@@ -103,7 +102,11 @@ def read_table(path=DATA / "experiments.toml"):
         check_choice(models, model=fields["model"])
         engine = ENGINES[models[fields["model"]].data] | fields.pop("engine", {})
         runs[name] = Run(**fields, engine=engine)
-    return models, runs, {name: networks.split() for name, networks in table.get("moments", {}).items()}
+    return (
+        models,
+        runs,
+        {name: networks.split() for name, networks in table.get("moments", {}).items()},
+    )
 
 
 MODELS, RUNS, MOMENTS = read_table()
@@ -286,7 +289,7 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
         return _count_readouts(run_, path, n, index, x, y.numpy(), models)
     job = functools.partial(
         Job,
-        model(run_.model, models),
+        _network(run_, models, data_path),
         run_.model,
         x,
         y.numpy(),
@@ -294,7 +297,7 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
         noise=restore_noise(noise_of(run_)),
         seed=run_.seed,
         settings={"data": recipe.data, "split": "test"},
-        engine=run_.engine | {"dtype": getattr(torch, run_.engine["dtype"])},
+        engine=run_.engine,
     )
     if path is None:
         return _counted(job, n)
@@ -303,6 +306,19 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
     for target in _targets(done, n):
         run(job(sampler=RecordVotes(target), out=path.with_suffix("")))
     return load_counts(path)
+
+
+def _network(run_, folder, data_path):
+    """The network of a run: as it was trained, or its 8-bit version, which is made once."""
+    if run_.engine["dtype"] != "int8":
+        return model(run_.model, folder)
+    path = pathlib.Path(folder) / f"{run_.model}.int8.safetensors"
+    if not path.exists():
+        recipe = MODELS[run_.model]
+        header = {"name": run_.model, "architecture": recipe.architecture, "data": recipe.data}
+        noise = restore_noise(recipe.noise)
+        quantize_network(path, model(run_.model, folder), header, noise, data_path)
+    return load_checkpoint(path)[0]
 
 
 def _targets(done, n):
@@ -500,7 +516,8 @@ def model_table(folder=DATA / "models"):
     """The committed networks as Markdown lines, from the table and the files' headers."""
     head = "network | architecture | data | loss | noise | epochs | seed | noisy accuracy | SHA-256"
     rows = []
-    for name, recipe in MODELS.items():
+    networks = {n + end: recipe for n, recipe in MODELS.items() for end in ("", ".int8")}
+    for name, recipe in networks.items():
         path = pathlib.Path(folder) / f"{name}.safetensors"
         if not path.exists():
             continue

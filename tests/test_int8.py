@@ -1,21 +1,25 @@
 """8-bit networks: the same bits wherever they are loaded, the same votes however they are asked."""
 
+import dataclasses
 import json
 import os
 import pathlib
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
+from test_cli import call
 from torch import nn
 
-from lib import BaseClassifier, Gaussian, ModelCounts, quantize
+from lib import BaseClassifier, Gaussian, ModelCounts, quantize, zoo
 from lib.data import load
 from lib.engine import int8
 from lib.models import build, load_checkpoint, model_hash, save_checkpoint
 from lib.store.programs import Program
+from lib.store.records import load_counts
 
 ROOT = pathlib.Path(__file__).parent.parent
 NOISE = Gaussian(0.25)
@@ -69,7 +73,7 @@ def test_stored_network_is_the_same_in_a_new_process(program, bases, images, tmp
     )
     code = f"""
 import numpy as np, torch
-from lib import BaseClassifier, Gaussian, ModelCounts, quantize
+from lib import BaseClassifier, Gaussian, ModelCounts, quantize, zoo
 from lib.data import load
 from lib.models import load_checkpoint, model_hash
 network, _ = load_checkpoint({str(path)!r})
@@ -224,3 +228,65 @@ def test_a_file_holds_operations_of_torch_alone(program, tmp_path):
     path.write_bytes(path.read_bytes().replace(b"_frozen_param0", b"_frozen_paramX", 1))
     with pytest.raises(ValueError, match="is damaged"):
         load_checkpoint(path)
+
+
+def test_the_command_line_quantises_and_certifies(tmp_path):
+    """One process, one that is killed and resumed, and two processes give the same record."""
+    path, out = tmp_path / "net.int8.safetensors", tmp_path / "one.tsv"
+    made = ["quantize", "digits-cnn-sigma0.25", "--sigma", 0.25, "--out", path, "--images", 128]
+    status, printed, _ = call(*made, "--json")
+    header = json.loads(printed)
+    assert status == 0
+    assert header["source"] == "digits-cnn-sigma0.25"
+    assert header["noisy_accuracy"] > 0.7
+    assert "a network is quantised once" in call(*made)[2]
+    asked = ["certify", path, "--sigma", 0.25, "--N0", 20, "--N", 180, "--skip", 90, "--block", 64]
+    assert call(*asked, "--out", out)[0] == 0
+    reference = load_counts(f"{out}.npz")
+    assert (reference.header["dtype"], reference.header["compiled"]) == ("int8", True)
+    assert reference.header["model_sha256"] == model_hash(load_checkpoint(path)[0])
+    journal = tmp_path / "one.tsv.journal"
+    journal.write_bytes(b"".join(journal.read_bytes().splitlines(keepends=True)[:3])[:-10])
+    (tmp_path / "one.tsv.npz").unlink()
+    out.unlink()
+    assert call(*asked, "--out", out)[0] == 0
+    assert np.array_equal(load_counts(f"{out}.npz").counts, reference.counts)
+    two = [*asked, "--out", tmp_path / "two.tsv"]
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "lib"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run(
+        [sys.executable, *launch, *map(str, two)],
+        cwd=ROOT,
+        env=environment,
+        check=True,
+        capture_output=True,
+    )
+    assert np.array_equal(load_counts(tmp_path / "two.tsv.npz").counts, reference.counts)
+    status, _, said = call(*asked, "--out", tmp_path / "three.tsv", "--dtype", "float32")
+    assert status == 1
+    assert "dtype must be int8 for a quantised network" in said
+
+
+def test_a_record_of_the_table_in_8_bits(tmp_path):
+    """The network is made where it is missing, and once: the second call finds it."""
+    shutil.copy(ROOT / "data/models/digits-cnn-sigma0.25.safetensors", tmp_path)
+    engine = {"dtype": "int8", "block": 64, "layout": "channels_last", "compile": True}
+    run = dataclasses.replace(zoo.RUNS["digits-cnn-sigma0.25-n1000"], n=100, engine=engine)
+    found = zoo.count(run, index=[0, 9, 70], models=tmp_path)
+    path = tmp_path / "digits-cnn-sigma0.25.int8.safetensors"
+    before = path.read_bytes()
+    assert found.header["model_sha256"] == model_hash(load_checkpoint(path)[0])
+    assert found.header["dtype"] == "int8"
+    again = zoo.count(run, index=[0, 9, 70], models=tmp_path)
+    assert np.array_equal(found.counts, again.counts)
+    assert path.read_bytes() == before
+
+
+def test_committed_networks_are_8_bit_versions_of_their_sources():
+    for path in sorted((ROOT / "data" / "models").glob("*.int8.safetensors")):
+        network, header = load_checkpoint(path)
+        source, _ = load_checkpoint(path.with_name(f"{header['source']}.safetensors"))
+        assert path.name == f"{header['source']}.int8.safetensors"
+        assert header["source_sha256"] == model_hash(source)
+        assert len(network.integers()) == 22
+        assert sum(t.numel() for t in network.integers()) == 270_896

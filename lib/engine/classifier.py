@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import logging
+import math
 import time
 
 import torch
@@ -22,6 +23,7 @@ from lib.engine.tuning import tuned
 from lib.store.programs import Program
 
 COMPILE_PAYS = 30.0  # seconds of eager forward passes from which a compile (5 - 30 s) pays
+LARGEST = 1 << 20  # pixels in a block of an 8-bit network, which should stay in the core's cache
 DTYPES = ("float32", "bfloat16", "int8")
 log = logging.getLogger(__name__)
 
@@ -175,6 +177,8 @@ class BaseClassifier:
         if block is not None and layout is not None:
             return int(block), layout
         chosen = {"block": 128 if self.device.type == "cpu" else 4096, "layout": "channels_last"}
+        if self.dtype == torch.int8:  # votes are the same at every block
+            chosen["block"] = max(16, min(256, LARGEST // math.prod(self.shape)))
         if tune:
             with cores(1):
                 given = {"block": block, "layout": layout}

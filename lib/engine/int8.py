@@ -50,7 +50,7 @@ def quantize(model, images, noise, seed=0):
         ) as error:  # tracing runs the user's code: what that raises is anyone's guess
             reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             raise ValueError(f"model cannot be quantised: {reason}") from error
-    if not any(tensor.dtype == torch.int8 for tensor in program.state_dict().values()):
+    if not program.integers():
         raise ValueError(
             "model cannot be quantised: it has no convolution or linear layer that torchao knows"
         )
@@ -78,12 +78,13 @@ def _converted(network, noisy):
 def _quiet():
     """Without what torchao and torch say of themselves on import: libraries for GPUs, renamings."""
 
-    def known(record):
-        return not record.getMessage().startswith("Failed to load") and (
-            "Enum subclass" not in record.getMessage()
-        )
+    said = ("Failed to load", "is an Enum subclass", "Detected no triton")
+    names = ("torchao", "torchao.kernel.intmm", "torch.utils._pytree")
+    loggers = [logging.getLogger(name) for name in names]
 
-    loggers = [logging.getLogger(name) for name in ("torchao", "torch.utils._pytree")]
+    def known(record):
+        return not any(text in record.getMessage() for text in said)
+
     for logger in loggers:
         logger.addFilter(known)
     try:

@@ -1,4 +1,4 @@
-"""Networks stored as the list of their operations: what an 8-bit network is, and its file format."""
+"""Networks stored as the list of their operations: what an 8-bit network is, and its file."""
 
 import json
 import re
@@ -39,6 +39,10 @@ class Program(nn.Module):
 
     def forward(self, x):
         return self.network(x)
+
+    def integers(self):
+        """The 8-bit weights."""
+        return [tensor for tensor in self.buffers() if tensor.dtype == torch.int8]
 
 
 def program_of(module, shape):
@@ -107,7 +111,7 @@ def _operation(name):
     # Registers the operations that quantise and dequantise.
     import _operator
 
-    import torch.ao.quantization.fx._decomposed  # noqa: F401
+    import torch.ao.quantization.fx._decomposed
 
     if name in PYTHON:
         return getattr(_operator, name.split(".")[1])
