@@ -51,9 +51,6 @@ def mixed(size, classes=3, seed=0):
     return np.concatenate([top[:, None], rest], axis=1)
 
 
-# ------------------------------------------------------------------ theorem 6.1, CERTIFYADP
-
-
 def test_last_stage_size_of_theorem_6_1():
     """The paper's own last stage, 1,200,000, is 687 draws short of its theorem."""
     assert last_stage_size(1_000_000, 0.001, 4) == 1_200_687
@@ -134,9 +131,6 @@ def test_certify_at_with_the_class_given():
     )
     np.testing.assert_array_equal(found.prediction, [0, ABSTAIN])
     np.testing.assert_array_equal(found.n, [100, 100])
-
-
-# ------------------------------------------------------------------ one stream, few looks
 
 
 @pytest.mark.parametrize("beta", [None, BETA])
@@ -246,9 +240,6 @@ def test_two_class_errors_are_exact():
     assert exact[:2].sum() <= 0.02
 
 
-# ------------------------------------------------------------------ the runner-up, in sequence
-
-
 def test_the_curve_holds_the_radius():
     points = curve(NOISE, 0.5, 10_000, ALPHA)
     assert points[0] == pytest.approx([norm.cdf(1), 1 - norm.cdf(1)])
@@ -287,9 +278,6 @@ def test_the_guarantee_with_the_runner_up():
     table = audit(sampler, NOISE, rows, alpha=0.02, runs=10_000)
     assert verdict(table) == "holds", str(table)
     assert table["rate"].max() > 0.3
-
-
-# ------------------------------------------------------------------ the staircase
 
 
 def test_the_staircase_follows_its_gates():
@@ -373,9 +361,6 @@ def test_the_staircase_takes_fewer_draws_than_certify_for_nearly_its_radius():
     whole = certify(SimulatedCounts(p, seed=2), NOISE, 100, 50_000, ALPHA)
     assert found.radius.mean() > 0.93 * whole.radius.mean()
     assert found.n.mean() < 0.4 * whole.n.mean()
-
-
-# ------------------------------------------------------------------ bad input
 
 
 def test_bad_arguments_are_named():

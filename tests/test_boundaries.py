@@ -56,9 +56,6 @@ def plain_crossing(boundaries, p):
     return crossed
 
 
-# ------------------------------------------------------------------ exact distributions
-
-
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.6, 0.93, 1.0])
 def test_outcomes_are_the_sum_over_all_paths(p):
     certified, abstained = outcomes(SMALL, [p])
@@ -126,9 +123,6 @@ def test_reweighting_one_chain_gives_every_p(null):
         np.testing.assert_allclose(ours, direct, atol=1e-9)
 
 
-# ------------------------------------------------------------------ fixed-radius counts
-
-
 @pytest.mark.parametrize("n", [10, 100, 1000, 43_290])
 @pytest.mark.parametrize("null", [0.5, 0.8413, 0.97])
 def test_counts_agree_with_the_bounds_of_clopper_and_pearson(n, null):
@@ -146,9 +140,6 @@ def test_figure_4():
     np.testing.assert_array_equal(test.certify, [880, 8538, 105_607])
     # "Fewer than 795 (8270) votes abstain"; at the last stage all others do.
     np.testing.assert_array_equal(test.abstain + 1, [795, 8270, 105_607])
-
-
-# ------------------------------------------------------------------ designs
 
 
 def test_looks():
@@ -235,8 +226,6 @@ def test_bad_designs_are_named():
     with pytest.raises(ValueError, match="n must be"):
         design(0.8, 0, ALPHA)
 
-
-# ------------------------------------------------------------------ the cache
 
 STATED = {"null": 0.8, "n": 1000, "alpha": 0.01, "beta": None, "alone": False, "version": 1}
 

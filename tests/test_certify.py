@@ -178,9 +178,6 @@ def test_predict_of_one_class_alone():
     )
 
 
-# ------------------------------------------------------------------ the runner-up counted
-
-
 def test_certify_margin_by_hand():
     """Both bounds with statsmodels, the largest other count, and abstention at a radius of 0."""
     first = [[9, 0, 1], [9, 0, 1], [9, 0, 1]]

@@ -1,4 +1,6 @@
-"""The command line: what it writes, what it refuses, and that a run interrupted anywhere ends as if it had not been."""
+"""The command line: what it writes, what it refuses, and that a run interrupted anywhere ends as if
+it had not been.
+"""
 
 import csv
 import datetime
@@ -75,7 +77,9 @@ def refused(*arguments, code=1):
 
 
 def without_time(path):
-    """A log's rows as lists of cells, the time left out: by a reader of the format's description, not by lib's."""
+    """A log's rows as lists of cells, the time left out: by a reader of the format's description,
+    not by lib's.
+    """
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file, delimiter="\t"))
     for row in rows:
@@ -101,11 +105,10 @@ def reference(tmp_path_factory):
     return out
 
 
-# ------------------------------------------------------------------ certify
-
-
 def test_the_log_and_the_record_are_those_of_the_library(reference):
-    """The same certificates and votes as lib.certify on all images in one batch; the log read as the field's analysis reads it."""
+    """The same certificates and votes as lib.certify on all images in one batch; the log read as
+    the field's analysis reads it.
+    """
     images, labels = data.load("digits", "test")
     base = BaseClassifier(
         zoo.model("digits-cnn-sigma0.50"),
@@ -168,7 +171,9 @@ def test_the_log_and_the_record_are_those_of_the_library(reference):
     ],
 )
 def test_examples_are_chosen_by_the_conventions_of_cohens_code(options, expected):
-    """Those scripts loop over all indices, break at max or stop, and pass over those below start or not divisible by skip."""
+    """Those scripts loop over all indices, break at max or stop, and pass over those below start or
+    not divisible by skip.
+    """
     names = [name.removeprefix("--") for name in options.split()[::2]]
     values = map(int, options.split()[1::2])
     index = cli.Examples(**dict(zip(names, values, strict=True))).index(360)
@@ -242,7 +247,9 @@ def test_input_specific_sampling(tmp_path):
     ],
 )
 def test_every_option_reaches_the_sampler(tmp_path, options, split, reuse):
-    """alpha, seed, split and the sampler's own, the default of reuse among them: the library's certificates, and the labels of those images."""
+    """alpha, seed, split and the sampler's own, the default of reuse among them: the library's
+    certificates, and the labels of those images.
+    """
     out, x, y, index = tmp_path / "o.tsv", *data.load("digits", split), np.arange(0, 24, 4)
     done(
         *SMALL,
@@ -590,9 +597,6 @@ def test_a_run_of_a_gpu_is_not_continued_without_one(reference, tmp_path):
     assert "device must be one that is here" in refused(*SMALL, "--out", out)
 
 
-# ------------------------------------------------------------------ interruptions
-
-
 def unfinished(reference, folder, size):
     """A copy of a finished run of which a kill left so many bytes of the journal."""
     out = folder / reference.name
@@ -665,7 +669,9 @@ def test_ctrl_c_says_how_to_go_on(reference, tmp_path, monkeypatch):
 
 
 def test_kill_9_twice(tmp_path):
-    """A real process, killed while it writes its log, twice: what a third one completes is what one alone writes."""
+    """A real process, killed while it writes its log, twice: what a third one completes is what one
+    alone writes.
+    """
     arguments = [
         "certify",
         "digits-cnn-sigma0.50",
@@ -695,9 +701,6 @@ def test_kill_9_twice(tmp_path):
     done(*arguments, "--out", tmp_path / "alone.tsv")
     assert without_time(out) == without_time(tmp_path / "alone.tsv")
     assert pathlib.Path(f"{out}.npz").read_bytes() == (tmp_path / "alone.tsv.npz").read_bytes()
-
-
-# ------------------------------------------------------------------ report and info
 
 
 def test_the_report_on_the_published_imagenet_log():
@@ -774,9 +777,6 @@ def test_info(reference, tmp_path):
     torch.save({"arch": "mlp", "state_dict": {}}, tmp_path / "c.tar")
     assert "missing: 1.weight" in refused("info", tmp_path / "c.tar", "--data", "digits")
     assert "noise            Gaussian, sigma 0.5" in done("info", f"{reference}.npz")
-
-
-# ------------------------------------------------------------------ train
 
 
 TRAIN = ["train", "--architecture", "mlp", "--sigma", "0.25", "--epochs", "3", "--batch", "128"]
@@ -874,9 +874,6 @@ def test_a_trained_network_is_certified(tmp_path):
     )
     (row,) = json.loads(done("report", tmp_path / "m.tsv", "--json", "--radii", 0))
     assert row["0"] > 0.5
-
-
-# ------------------------------------------------------------------ errors
 
 
 @pytest.mark.parametrize(
@@ -985,9 +982,6 @@ def test_as_a_program(tmp_path):
         result.stderr
         == "error: nowhere does not exist: give the path of a checkpoint, a record or a log\n"
     )
-
-
-# ------------------------------------------------------------------ audit and adaptive samplers
 
 
 def test_audit_tells_the_sound_from_the_unsound():

@@ -1,4 +1,6 @@
-"""Replay without replacement and simulation: the laws of their draws, and that a sampler cannot tell them from live votes."""
+"""Replay without replacement and simulation: the laws of their draws, and that a sampler cannot
+tell them from live votes.
+"""
 
 import dataclasses
 import itertools
@@ -35,9 +37,6 @@ def copies(seed=0, votes=VOTES):
     return RecordedCounts(np.tile(votes, (COPIES, 1)), seed=seed)
 
 
-# ------------------------------------------------------------------ replay
-
-
 @pytest.mark.parametrize("m", [1, 4, 9])
 def test_first_draws_are_hypergeometric(m):
     assert fits(copies().draw(m), *outcomes(m)) > 1e-4
@@ -56,7 +55,9 @@ def test_draws_in_two_stages_have_the_law_of_one():
 
 
 def test_two_stages_jointly():
-    """Both stages at once, 3 and 3 draws of five votes against five: the second is drawn from what the first left."""
+    """Both stages at once, 3 and 3 draws of five votes against five: the second is drawn from what
+    the first left.
+    """
     replay = copies(votes=[5, 5])
     first, second = replay.draw(3)[:, 0], replay.draw(3)[:, 0]
     cells = [(a, b) for a in range(4) for b in range(4) if a + b <= 5 and 6 - a - b <= 5]
@@ -181,7 +182,9 @@ def test_equal_examples_are_drawn_independently():
 
 
 def test_replays_of_neighbouring_seeds_share_no_streams():
-    """Were a stream a function of seed + index, example i + 1 at seed 0 would be drawn as example i at seed 1."""
+    """Were a stream a function of seed + index, example i + 1 at seed 0 would be drawn as example i
+    at seed 1.
+    """
     first, second = (
         RecordedCounts(np.tile([500, 500], (40, 1)), seed=seed).draw(400)[:, 0] for seed in (0, 1)
     )
@@ -195,7 +198,9 @@ def test_the_record_given_is_not_changed():
 
 
 def test_replay_of_a_simulated_record_is_binomial():
-    """Counts drawn at p, recorded, then replayed: the replayed draws, both stages, are again binomial in p."""
+    """Counts drawn at p, recorded, then replayed: the replayed draws, both stages, are again
+    binomial in p.
+    """
     replay = RecordedCounts(
         SimulatedCounts(np.tile([0.7, 0.3], (COPIES, 1)), seed=1).draw(50), seed=2
     )
@@ -206,7 +211,9 @@ def test_replay_of_a_simulated_record_is_binomial():
 
 
 def test_a_replayed_certificate_is_a_live_one():
-    """CERTIFY on a whole record: the votes are the record's, less the selection's, and the radii follow the same law as live ones."""
+    """CERTIFY on a whole record: the votes are the record's, less the selection's, and the radii
+    follow the same law as live ones.
+    """
     p = np.tile([0.75, 0.25], (4000, 1))
     live = certify(SimulatedCounts(p, seed=1), Gaussian(1.0), n0=10, n=90, alpha=0.05)
     replay = certify(
@@ -217,11 +224,10 @@ def test_a_replayed_certificate_is_a_live_one():
     assert live.radius.std() == pytest.approx(replay.radius.std(), rel=0.1)
 
 
-# ------------------------------------------------------------------ simulation
-
-
 def test_simulated_moments():
-    """Mean n p and covariance n (diag(p) - p p'), over 200,000 examples, to 4.5 standard errors; totals exact."""
+    """Mean n p and covariance n (diag(p) - p p'), over 200,000 examples, to 4.5 standard errors;
+    totals exact.
+    """
     p, n, size = np.array([0.6, 0.3, 0.1, 0.0]), 40, 200_000
     drawn = SimulatedCounts(np.tile(p, (size, 1)), seed=0).draw(n)
     assert drawn.dtype == np.int64

@@ -1,4 +1,6 @@
-"""Several processes under torchrun: the result is that of one process, and a process that dies loses only what it had not finished."""
+"""Several processes under torchrun: the result is that of one process, and a process that dies
+loses only what it had not finished.
+"""
 
 import os
 import pathlib
@@ -105,7 +107,9 @@ def test_two_processes_give_the_result_of_one_also_when_one_is_killed(tmp_path):
 
 
 def test_one_process_finishes_what_two_began(tmp_path):
-    """Parts of a run of several processes, as a kill leaves them, are taken up by one; a part of more lines wins over a torn one."""
+    """Parts of a run of several processes, as a kill leaves them, are taken up by one; a part of
+    more lines wins over a torn one.
+    """
     done(*JOB, "--out", tmp_path / "one.tsv")
     out = tmp_path / "begun.tsv"
     torchrun = start(out)

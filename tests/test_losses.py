@@ -98,7 +98,6 @@ def by_hand(loss, z, shifts, sigma=0.5):
     return float(found.detach())
 
 
-# ------------------------------------------------------------------ by hand
 # At logits log 3 and log 9 class 0 has probability .75 and .9: their mean is .825.
 
 LOG3 = math.log(3)
@@ -216,9 +215,6 @@ def test_cat_rs_drops_the_copies_of_largest_loss():
         assert abs(counts[k] - 400 * p) < 4 * math.sqrt(400 * p * (1 - p))
 
 
-# ------------------------------------------------------------------ gradients
-
-
 @every_loss
 def test_gradients_match_finite_differences(loss, monkeypatch):
     """In float64, with what the method holds constant (attack, soft target) held constant."""
@@ -259,9 +255,6 @@ def central_difference(f, flat, i, h=1e-5):
         ends.append(f())
     flat[i] = saved
     return (ends[0] - ends[1]) / (2 * h)
-
-
-# ------------------------------------------------------------------ limits
 
 
 def same(first, second, seed=3):
@@ -329,9 +322,6 @@ def test_warm_up_and_deferral():
     assert [MacerLoss(deferred=1 / 3).at(s).lbd for s in (0.1, 1 / 3, 0.34, 1.0)] == [0, 0, 12, 12]
 
 
-# ------------------------------------------------------------------ attacks
-
-
 @pytest.mark.parametrize("search", ["pgd", "ddn"])
 def test_attacks_stay_in_the_ball_and_in_the_pixel_range(search):
     model, (x, y) = network().eval(), batch()
@@ -370,9 +360,6 @@ def test_cat_rs_takes_the_votes_of_its_teacher(tmp_path, monkeypatch):
     found = float(value(loss, model, x, y, Fixed((0, LOG3))).detach())
     expected = -(math.log(0.75) + math.log(0.9)) / 2 - math.log(0.75)
     assert found == pytest.approx(expected, rel=1e-9)
-
-
-# ------------------------------------------------------------------ what a call may touch
 
 
 @every_loss
@@ -467,9 +454,6 @@ def test_a_stopped_training_resumes_to_the_same_weights(loss, tmp_path):
 
 def train(model, x, y, loss, schedule, **options):
     return fit(model, x, y, loss, Gaussian(0.25), schedule, progress=False, **options)
-
-
-# ------------------------------------------------------------------ registry and bad input
 
 
 def test_every_loss_is_registered_under_one_name():

@@ -354,9 +354,6 @@ def test_li_without_a_runner_up():
     assert li_radius(1.0, 0.0, 1.0) == np.inf
 
 
-# ------------------------------------------------------------------ uniform noise, l1
-
-
 def test_uniform_radius_by_hand():
     noise = Uniform(0.5)
     np.testing.assert_allclose(noise.radius([1.0, 0.75, 0.5, 0.2]), [0.5, 0.25, 0, 0])

@@ -1,4 +1,6 @@
-"""Training: the loss by hand, the schedule, augmentation pixel by pixel, reproducible and resumable runs that learn."""
+"""Training: the loss by hand, the schedule, augmentation pixel by pixel, reproducible and resumable
+runs that learn.
+"""
 
 import collections
 import copy
@@ -37,11 +39,10 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-# ------------------------------------------------------------------ the loss
-
-
 def test_gaussian_loss_by_hand():
-    """The mean of -log softmax at the label, on the same noisy copies; smoothing mixes in the mean over classes."""
+    """The mean of -log softmax at the label, on the same noisy copies; smoothing mixes in the mean
+    over classes.
+    """
     model, x, y = network().eval(), torch.rand(5, 1, 8, 8), torch.tensor([0, 3, 9, 1, 1])
     noisy = NOISE.sample(x, torch.Generator().manual_seed(4))
     with torch.no_grad():
@@ -63,11 +64,10 @@ def test_gaussian_loss_draws_fresh_noise():
         )
 
 
-# ------------------------------------------------------------------ schedule and augmentation
-
-
 def test_one_cycle_rises_and_falls():
-    """Up to the peak over the first fifth, down to 0 at the end, symmetric about the steps' middles; never above the peak."""
+    """Up to the peak over the first fifth, down to 0 at the end, symmetric about the steps'
+    middles; never above the peak.
+    """
     rates = np.array([one_cycle(step, 100, 0.4) for step in range(100)])
     assert (np.diff(rates[:20]) > 0).all()
     assert (np.diff(rates[20:]) < 0).all()
@@ -78,7 +78,9 @@ def test_one_cycle_rises_and_falls():
 
 
 def test_crop_and_flip_gives_a_window_of_the_reflected_image():
-    """Each output is one of the 81 windows of the image reflected by 4 pixels, mirrored or not; every offset and both kinds occur."""
+    """Each output is one of the 81 windows of the image reflected by 4 pixels, mirrored or not;
+    every offset and both kinds occur.
+    """
     x = torch.rand(1, 2, 14, 14, generator=torch.Generator().manual_seed(0))
     padded = np.pad(x[0].numpy(), ((0, 0), (4, 4), (4, 4)), mode="reflect")
     windows = {}
@@ -95,9 +97,6 @@ def test_crop_and_flip_gives_a_window_of_the_reflected_image():
     assert chisquare(list(collections.Counter(found).values())).pvalue > 1e-4
 
 
-# ------------------------------------------------------------------ the loop
-
-
 def test_training_learns_and_says_how(digits):
     model = network()
     history = fit(
@@ -112,7 +111,9 @@ def test_training_learns_and_says_how(digits):
 
 
 def test_the_optimizer_and_its_schedule_by_hand():
-    """SGD with Nesterov momentum and weight decay under one cycle, on |w|^2 / 2, whose gradient is w."""
+    """SGD with Nesterov momentum and weight decay under one cycle, on |w|^2 / 2, whose gradient is
+    w.
+    """
 
     class Scaled(torch.nn.Module):
         def __init__(self):
@@ -146,7 +147,9 @@ def test_the_optimizer_and_its_schedule_by_hand():
 
 
 def test_each_epoch_sees_every_image_once_in_an_order_of_its_own(digits):
-    """A loss that notes what it is given: 320 images, 10 batches, no image twice an epoch; fresh noise each time."""
+    """A loss that notes what it is given: 320 images, 10 batches, no image twice an epoch; fresh
+    noise each time.
+    """
     seen, draws = [], []
 
     def spy(model, x, y, noise, generator):
@@ -257,7 +260,9 @@ def test_a_state_of_a_loss_with_other_parameters_is_refused(digits, tmp_path):
 
 
 def test_averaged_weights_are_the_moving_average(digits):
-    """One step an epoch: the mean after each step, recomputed from the weights that plain training of the same seed passes through."""
+    """One step an epoch: the mean after each step, recomputed from the weights that plain training
+    of the same seed passes through.
+    """
     x, y = digits[0][:32], digits[1][:32]
     path, model, plain = [], network(), network()
     expected = copy.deepcopy(plain)
