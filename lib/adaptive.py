@@ -371,8 +371,9 @@ def staircase(n, alpha, price=0.4, looks=12):
     """The looks and gates of `certify_staircase`: int64 [m] and int64 [m - 1].
 
     Looks: geometric from n / 200 to n. Gate j is the smallest count k from which it pays to go on:
-    where, over the later looks i, the best of z(k n_i / n_j; n_i) - price (n_i - n_j) / n, the radius
-    in units of sigma if the share of hits stayed, less the price of the draws, exceeds z(k; n_j).
+    where, over the later looks i, the best of z(k n_i / n_j; n_i) - price (n_i - n_j) / n exceeds
+    z(k; n_j). That is the radius in units of sigma if the rate of hits stayed, less the price of
+    the draws.
     z(k; n) = Phi^-1(clopper_pearson_lower(k, n, alpha)), at least 0.
     """
     check_draws(n=n, looks=looks)

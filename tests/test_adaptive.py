@@ -327,7 +327,7 @@ def test_gates_in_any_order_are_sound():
 
 
 def test_the_price_trades_draws_for_radius():
-    """Exact means at several p: a larger price never costs draws; price 0 takes CERTIFY's radius."""
+    """Exact means at some p: a larger price never costs draws; price 0 takes CERTIFY's radius."""
     for p in (0.8, 0.9, 0.999):
         means = [
             expected_staircase(*staircase(20_000, ALPHA, price), ALPHA, p, NOISE)

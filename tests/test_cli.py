@@ -343,7 +343,7 @@ def test_a_log_is_not_continued_with_another_network_or_engine(reference, tmp_pa
 
 
 def test_a_job_knows_its_network_images_noise_and_seed(tmp_path):
-    """From Python, whatever settings it is given: none of them can change in the middle of a log."""
+    """From Python, whatever settings it is given, none can change in the middle of a log."""
     images, labels = data.load("digits", "test")
     engine = {"dtype": torch.float32, "block": 64, "layout": "contiguous", "compile": False}
 

@@ -766,7 +766,7 @@ def test_images_outside_the_range_on_request():
 
 
 def test_grey_images_are_refused_by_a_network_of_three_channels():
-    """Its normalisation would broadcast them to three channels, and the votes would mean nothing."""
+    """Its normalisation would broadcast them to three channels: such votes mean nothing."""
     network = nn.Sequential(Normalize((0.5,) * 3, (0.2,) * 3), nn.Flatten(), nn.LazyLinear(2))
     network(torch.zeros(1, 3, 4, 4))
     with pytest.raises(ValueError, match="normalises 3 channels, but the images have 1"):

@@ -182,7 +182,7 @@ def test_training_twice_gives_the_same_weights_and_another_seed_others(digits):
 
 @pytest.mark.parametrize("average", [None, 0.9])
 def test_a_resumed_training_ends_in_the_same_weights(digits, tmp_path, average):
-    """Stopped after the second epoch of four, as by a kill, and started again from its state file."""
+    """Stopped after two epochs of four, as by a kill, and started again from its state file."""
     schedule = Schedule(4, batch=32, average=average, augment=True)
     whole, stopped, resumed = network(), network(), network(seed=7)
     expected = fit(whole, *digits, GaussianLoss(), NOISE, schedule, progress=False)

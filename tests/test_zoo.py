@@ -94,7 +94,7 @@ def test_a_record_stopped_and_continued_equals_one_counted_at_once(tmp_path, mon
 
 
 def test_the_committed_records_can_be_continued(tmp_path, monkeypatch):
-    """Twenty draws more of each image: what was there is kept, the rest is the noise's next draws."""
+    """Twenty draws more of each image: what was there is kept, the noise's next draws added."""
     name = "digits-cnn-sigma0.25-n1000"
     path, some = tmp_path / f"{name}.npz", np.arange(360)
     path.write_bytes((zoo.DATA / "records" / f"{name}.npz").read_bytes())
@@ -145,7 +145,7 @@ engine = {block = 7}
 """
     path = tmp_path / "table.toml"
     path.write_text(text)
-    models, runs = zoo.read_table(path)
+    models, runs, _ = zoo.read_table(path)
     assert list(models) == [f"m-{s}-{k}" for s in ("0.25", "0.50") for k in (0, 1, 2)] + ["l1"]
     assert models["m-0.50-2"] == Recipe(
         "mlp", "digits", {"name": "Gaussian", "sigma": 0.5}, schedule=Schedule(seed=2, lr=0.2)
@@ -301,7 +301,7 @@ def test_an_ensemble_s_record_is_counted_again(tmp_path):
     whole = zoo.record(name, n=900, index=index)
     np.testing.assert_array_equal(parts.counts, whole.counts)
     assert parts.header == whole.header
-    with pytest.raises(ValueError, match="holds other images"):
+    with pytest.raises(ValueError, match="which this run does not ask for"):
         zoo.count(name, tmp_path / "parts.npz", n=1200, index=index + 1)
 
 
