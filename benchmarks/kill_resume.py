@@ -17,6 +17,8 @@ import sys
 import tempfile
 import time
 
+from lib.store.journal import read_journal
+
 STARTS = 3.0  # seconds, about, until a process counts (under torchrun twice as many)
 ROOT = pathlib.Path(__file__).parent.parent
 JOB = ["certify", "digits-cnn-sigma0.50", "--sigma", "0.5", "--N0", "100", "--N", "20000"]
@@ -34,13 +36,9 @@ def start(out, processes):
 
 
 def finished(out):
-    """Whole lines on disk, headers left out, in the log and its parts."""
-    files = [
-        path
-        for path in out.parent.glob(f"{out.name}*")
-        if path.name == out.name or path.name.split(".part")[-1].isdigit()
-    ]
-    return sum(max(path.read_bytes().count(b"\n") - 1, 0) for path in files)
+    """Finished examples on disk, in the journal of the run and those of its other processes."""
+    journals = out.parent.glob(f"{out.name}.journal*")
+    return sum(len(read_journal(path)[1]) for path in journals)
 
 
 def without_time(log):

@@ -433,10 +433,10 @@ def test_a_sampler_that_takes_more_draws_than_it_states_is_refused(tmp_path):
 
 
 def test_one_sigma_per_example(tmp_path):
-    """The whole path with a sigma of each image: votes, radii, record, resumed and replayed."""
+    """The whole path with a sigma of each image, in groups of one: votes, radii, record, replay."""
     images, labels = data.load("digits", "test")
     sigmas, index = np.array([0.25, 0.5, 0.75, 0.3]), np.array([3, 5, 8, 13])
-    engine = {"dtype": torch.float32, "block": 64, "layout": "contiguous", "compile": False}
+    engine = {"dtype": torch.float32, "block": 16, "layout": "contiguous", "compile": False}
 
     def job(out, index=index, sigmas=sigmas):
         settings = (Gaussian(sigmas), 0, tmp_path / out, {}, engine)
