@@ -29,6 +29,7 @@ from lib.audit import verdict, worst
 from lib.engine.classifier import DTYPES
 from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
+from lib.engine.readouts import ensemble_readout
 from lib.ensemble import VOTES, Ensemble
 from lib.losses import LOSSES
 from lib.metrics import formatted, latex, summarize
@@ -343,6 +344,7 @@ def certify(
         out,
         settings,
         engine.settings(),
+        ensemble_readout(network).name if isinstance(network, Ensemble) else None,
     )
     begin = time.perf_counter()
     done = run(job)

@@ -122,7 +122,9 @@ def test_one_sigma_per_example():
 
 @pytest.mark.parametrize(("size", "sigmas"), [(1, 3), (1, 2), (3, 1), (2, 3)])
 def test_as_many_sigmas_as_examples(size, sigmas):
-    with pytest.raises(ValueError, match=f"sigma must be one value, or {size}, .*got {sigmas}"):
+    with pytest.raises(
+        ValueError, match=f"noise must have one level .*, or {size}, .*got {sigmas}"
+    ):
         ModelCounts(steps(), images(size), Gaussian(np.full(sigmas, 0.5)), **PLAIN)
 
 

@@ -37,6 +37,7 @@ NAMES = (
     "consensus5:0-4",
     "consensus2-hard:0-4",
     "consensus2-weighted:3,0-1:0.5,0.25,0.25",
+    "consensus2:4,1,0,2-3",
 )
 
 

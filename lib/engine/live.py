@@ -69,10 +69,10 @@ class ModelCounts:
         self.x, self.noise, self.seed, self.progress = x.detach(), noise, seed, progress
         self.index = np.arange(len(x)) if index is None else check_labels(index, len(x), "index")
         check_seed(seed)
-        if np.ndim(getattr(noise, "sigma", 0)) == 1 and len(noise.sigma) != len(x):
+        if noise.size not in (None, len(x)):
             raise ValueError(
-                f"noise: sigma must be one value, or {len(x)}, one per example of x; "
-                f"got {len(noise.sigma)}"
+                f"noise must have one level (one sigma), or {len(x)}, one per example of x; "
+                f"got {noise.size}"
             )
         self.classes = self.base.classes
         many = bool(self.readouts) and not self.base.single

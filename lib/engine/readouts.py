@@ -108,6 +108,12 @@ def readout(name):
         raise ValueError(f"readout {name!r}: {error}") from error
 
 
+def ensemble_readout(ensemble):
+    """The readout of a lib.ensemble.Ensemble, whose votes it gives."""
+    members = tuple(range(len(ensemble.members)))
+    return Readout(members, ensemble.vote, ensemble.consensus, ensemble.weights)
+
+
 def _part(value, j):
     """Value j of text such as "float32, bfloat16", else the value itself."""
     if not isinstance(value, str) or ", " not in value:
