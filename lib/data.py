@@ -19,7 +19,7 @@ import zlib
 import numpy as np
 import pooch
 import torch
-from sklearn.datasets import load_digits
+from sklearn.datasets import load_digits, load_sample_image
 
 from lib.checks import check_choice
 from lib.store.files import sha256
@@ -47,6 +47,9 @@ INFO = {
     "cifar10": Info((3, 32, 32), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "imagenet": Info((3, 224, 224), 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+CIFAR10 = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
+)  # fmt: skip
 # File: (URL, checksum as published with torchvision).
 _MNIST = "https://ossci-datasets.s3.amazonaws.com/mnist/"
 _FASHION = "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/"
@@ -334,3 +337,26 @@ def torchvision():
         torch.library.define("torchvision::nms", boxes)
         torch.library.define("torchvision::qnms", boxes)
     return importlib.import_module("torchvision")
+
+
+def examples(name):
+    """A few images to look at: (images float32 [B, 3, height, width] in [0, 1], names of each).
+
+    - name: "cifar10" (eight committed test images, JPEG copies) or "photographs" (two, 224 pixels
+      square, that ship inside scikit-learn).
+
+    Raises ValueError naming another name.
+    """
+    check_choice(("cifar10", "photographs"), name=name)
+    if name == "cifar10":
+        found = np.load(pathlib.Path(__file__).parent.parent / "data/images/cifar10-thumbnails.npz")
+        images, names = found["images"], [CIFAR10[label] for label in found["labels"]]
+    else:
+        photographs = [load_sample_image(f"{name}.jpg") for name in ("china", "flower")]
+        height = min(image.shape[0] for image in photographs)
+        middle = [image[:, (image.shape[1] - height) // 2 :][:, :height] for image in photographs]
+        images, names = np.stack(middle), ["china", "flower"]
+    images = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    if name == "photographs":
+        images = torch.nn.functional.interpolate(images, 224, mode="area")
+    return images, names

@@ -3,7 +3,9 @@
 import numpy as np
 import pandas as pd
 
+from lib.certify import certify
 from lib.checks import check_labels
+from lib.iss import certify_iss, decline
 
 
 def average_certified_radius(certificates, labels):
@@ -109,6 +111,41 @@ def speed_up(certificates, n):
             f"n must be a number of draws > 0, of the standard certification; got {n!r}"
         )
     return float(n / np.mean(certificates.n))
+
+
+def iss_beside_ias(make, sizes, labels, p, radii, known=None, reuse=True, first=0.01, replays=20):
+    """Input-specific sampling and the same number of draws for every example, side by side.
+
+    The form of the tables of Chen et al. (2022): the second row (IAS) gives each example the
+    average number of draws of the first (ISS). Means over replays.
+
+    - make: seed -> source of votes of B examples.
+    - sizes: the SampleSizeMap of ISS; its noise and alpha are those of both rows.
+    - labels: int [B]. p: float [B], the probabilities at which the decline is computed.
+    - radii: of the certified accuracies. known: int [B], classes given beforehand.
+    - reuse: whether ISS counts its first draws again (the paper's form).
+    - first: draws of the first stage, as a share of n_max. replays: seeds 0, 1, ...
+
+    Returns a DataFrame with the rows ISS and IAS: draws (average), mad (largest decline of any
+    example at its p), acr, and r0.50 etc. (certified accuracies).
+    """
+    n0, choose = max(1, int(first * sizes.n_max)), 0 if known is not None else 100
+    rows = []
+    for seed in range(replays):
+        settings = (sizes.noise, n0, sizes.n_max, sizes, sizes.alpha, reuse, known)
+        iss = certify_iss(make(seed), *settings)
+        even = round(average_sample_size(iss)) - choose
+        ias = certify(make(seed), sizes.noise, choose, even, sizes.alpha, known)
+        for name, found, apart in (("ISS", iss, 0 if reuse else n0), ("IAS", ias, choose)):
+            # Without a bound (an abstention after the first stage) the whole radius is lost.
+            used = np.where(found.p_lower > 0, found.n - apart, 0)
+            lost = decline(used, sizes.n_max, p, sizes.noise, sizes.alpha)
+            accuracy = certified_accuracy(found, labels, radii)
+            row = {"draws": average_sample_size(found), "mad": lost.max()}
+            row["acr"] = average_certified_radius(found, labels)
+            row |= {f"r{r:.2f}": share for r, share in zip(radii, accuracy, strict=True)}
+            rows.append({"method": name} | row)
+    return pd.DataFrame(rows).groupby("method", sort=False).mean().reset_index()
 
 
 def summarize(logs, radii=None):

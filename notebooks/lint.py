@@ -23,8 +23,6 @@ MATH = re.compile(r"\$\$(.+?)\$\$|\$(?=\S)([^$\n]+?(?:\n[^$\n]+?)?)\$", re.DOTAL
 # A path that would hang on the folder in which the notebook runs.
 RELATIVE = re.compile(r"""["'](?:\.\.?/|(?:data|figures|build|notebooks|runs)/)""")
 NAVIGATION = "navigation"
-# Chapters of the first edition: of these only outputs and parameters are checked until revised.
-FIRST_EDITION = ("01_theory", "04_iss_mapping", "05_iss_tables")
 
 
 def chapters(folder=FOLDER):
@@ -54,8 +52,6 @@ def faults(path):
     """Each fault of one notebook, as a sentence."""
     book = nbformat.read(path, as_version=4)
     text = [cell.source for cell in book.cells if cell.cell_type == "markdown"]
-    if path.stem in FIRST_EDITION:
-        return
     yield from frame_faults(book, text)
     yield from code_faults([cell for cell in book.cells if cell.cell_type == "code"])
     yield from exercise_faults(text)

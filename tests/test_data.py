@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from lib import data
-from lib.data import IDX, INFO, content_hash, load
+from lib import data, zoo
+from lib.data import IDX, INFO, content_hash, examples, load
+from lib.store.records import load_counts
 
 RNG = np.random.default_rng(0)
 
@@ -348,3 +349,18 @@ def test_imagenet_is_read_as_cohens_code_reads_it(tmp_path):
     before = content_hash(images)
     (tmp_path / "imagenet/val/n02/0.png").unlink()
     assert content_hash(load("imagenet", "test", root=tmp_path)[0]) != before
+
+
+def test_examples_to_look_at():
+    images, names = examples("cifar10")
+    assert images.shape == (8, 3, 32, 32)
+    # The records count the same test images first.
+    first = load_counts(zoo.DATA / "records" / "cifar10-resnet20-sigma0.25.npz").labels[:8]
+    assert [data.CIFAR10.index(name) for name in names] == first.tolist()
+    images, names = examples("photographs")
+    assert images.shape == (2, 3, 224, 224)
+    assert images.dtype == torch.float32
+    assert 0 <= images.min() < images.max() <= 1
+    assert names == ["china", "flower"]
+    with pytest.raises(ValueError, match="name must be"):
+        examples("cats")

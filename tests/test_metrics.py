@@ -1,11 +1,15 @@
 """What the papers report, on certificates small enough to count by hand."""
 
+import functools
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.certify import ABSTAIN, Certificates
+from lib.counts import SimulatedCounts
+from lib.iss import certify_iss, sample_size_map
 from lib.metrics import (
     abstention,
     average_certified_radius,
@@ -16,6 +20,12 @@ from lib.metrics import (
     right_radius,
     row,
 )
+
+
+    envelope,
+    iss_beside_ias,
+)
+from lib.noise import Gaussian
 
 
 def certificates(prediction, radius):
@@ -101,3 +111,42 @@ def test_a_row_and_a_curve_are_the_metrics():
     }
     assert found.select([1]).radius.tolist() == [0.2]
     assert len(found.select(found.prediction != ABSTAIN)) == 2
+
+
+def test_iss_beside_ias_at_equal_draws():
+    """Two rows at the same average draws; ISS keeps its limit, and a hopeless image costs it n0."""
+    noise, p = Gaussian(0.5), np.array([0.99, 0.9, 0.6, 0.3])
+    chances = np.c_[p, (1 - p) / 2, (1 - p) / 2]
+    sizes = sample_size_map(20_000, 0.05, "absolute", noise, 0.001)
+    found = iss_beside_ias(
+        functools.partial(SimulatedCounts, chances),
+        sizes,
+        np.zeros(4, int),
+        p,
+        [0.0, 0.5],
+        replays=3,
+    )
+    iss, ias = found.iloc[0], found.iloc[1]
+    assert list(found.method) == ["ISS", "IAS"]
+    assert iss.draws == pytest.approx(ias.draws, rel=1e-3)
+    assert iss.mad <= 0.05 + 1e-9
+    assert iss["r0.00"] == ias["r0.00"] == 0.75
+    assert iss["r0.50"] == 0.5
+    # By hand from one replay.
+    one = certify_iss(SimulatedCounts(chances, 0), noise, 200, 20_000, sizes, 0.001, True)
+    alone = iss_beside_ias(
+        functools.partial(SimulatedCounts, chances), sizes, np.zeros(4, int), p, [0.0], replays=1
+    )
+    assert alone.draws[0] == one.n.mean()
+    assert alone.acr[0] == np.where(one.prediction == 0, one.radius, 0).mean()
+
+
+def test_fresh_draws_and_a_given_class_are_counted_as_they_are_spent():
+    noise, p = Gaussian(1.0), np.array([0.95, 0.7])
+    make = functools.partial(SimulatedCounts, np.c_[p, 1 - p])
+    sizes = sample_size_map(10_000, 0.1, "absolute", noise, 0.001, step=None)
+    given = np.zeros(2, dtype=int)
+    fresh = iss_beside_ias(make, sizes, given, p, [0.0], reuse=False, replays=2)
+    known = iss_beside_ias(make, sizes, given, p, [0.0], known=given, reuse=False, replays=2)
+    assert fresh.mad[0] <= 0.1 + 1e-9
+    assert known.draws[1] == pytest.approx(known.draws[0], abs=0.5)
