@@ -29,6 +29,7 @@ from lib.audit import verdict, worst
 from lib.engine.classifier import DTYPES
 from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
+from lib.engine.readouts import Readout
 from lib.ensemble import VOTES, Ensemble
 from lib.losses import LOSSES
 from lib.metrics import formatted, latex, summarize
@@ -276,6 +277,14 @@ def _load_ensemble(specs, vote, weights, consensus, architecture=None, data=None
     return Ensemble(members, vote or "soft", weights, consensus), header
 
 
+def _readout_of(network):
+    """The readout by which an ensemble is counted, so that K-consensus saves evaluations."""
+    if not isinstance(network, Ensemble):
+        return None
+    members = range(len(network.members))
+    return Readout(members, network.vote, network.consensus, network.weights).name
+
+
 @command(NOISES, SAMPLERS, Examples, Engine)
 def certify(
     model: Annotated[
@@ -343,6 +352,7 @@ def certify(
         out,
         settings,
         engine.settings(),
+        _readout_of(network),
     )
     begin = time.perf_counter()
     done = run(job)

@@ -18,7 +18,6 @@ from tqdm.auto import tqdm
 from lib.checks import check_choice
 from lib.data import content_hash, load
 from lib.engine.jobs import Job, run
-from lib.engine.live import ModelCounts
 from lib.engine.moments import count_readouts, load_moments, measure_moments, save_moments
 from lib.engine.readouts import Readout, readout
 from lib.ensemble import fit_weights
@@ -29,7 +28,7 @@ from lib.sigma import load_sigma, search
 from lib.store.files import sha256
 from lib.store.logs import read_log
 from lib.store.published import read_published
-from lib.store.records import Record, load_counts, save_counts
+from lib.store.records import load_counts, save_counts
 from lib.train import Recipe, Schedule, quantize_network, train
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
@@ -285,8 +284,6 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
     n, recipe = n or run_.n, MODELS[run_.model]
     x, y = load(recipe.data, "test", path=data_path)
     index = np.arange(0, len(x), run_.stride) if index is None else np.asarray(index)
-    if run_.readouts:
-        return _count_readouts(run_, path, n, index, x, y.numpy(), models)
     job = functools.partial(
         Job,
         _network(run_, models, data_path),
@@ -298,6 +295,7 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
         seed=run_.seed,
         settings={"data": recipe.data, "split": "test"},
         engine=run_.engine,
+        readouts=_readouts(run_, models),
     )
     if path is None:
         return _counted(job, n)
@@ -306,6 +304,14 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
     for target in _targets(done, n):
         run(job(sampler=RecordVotes(target), out=path.with_suffix("")))
     return load_counts(path)
+
+
+def _readouts(run_, folder):
+    """The names of a run's readouts, None where one network votes."""
+    if not run_.readouts:
+        return None
+    header = load_checkpoint(pathlib.Path(folder) / f"{run_.model}.safetensors")[1]
+    return tuple(expand_readouts(run_.readouts, header))
 
 
 def _network(run_, folder, data_path):
@@ -356,47 +362,6 @@ def expand_readouts(text, header):
         else:
             names.append(readout(name).name)
     return names
-
-
-def _count_readouts(run_, path, n, index, x, y, models):
-    """Count all readouts of an ensemble in one pass; a record at `path` is continued."""
-    ensemble = model(run_.model, models)
-    facts = load_checkpoint(pathlib.Path(models) / f"{run_.model}.safetensors")[1]
-    noise = restore_noise(run_.noise)
-    engine = run_.engine | {"dtype": getattr(torch, run_.engine["dtype"])}
-    names = expand_readouts(run_.readouts, facts)
-    source = ModelCounts(
-        list(ensemble.members), x[index], noise, index, run_.seed, readouts=names, **engine
-    )
-    header = {
-        "model": run_.model,
-        "model_sha256": model_hash(ensemble),
-        "data": facts["data"],
-        "split": "test",
-        "data_sha256": content_hash(x),
-        "noise": noise.describe(),
-        "seed": run_.seed,
-        "readouts": names,
-        **source.base.settings,
-    }
-    done = 0
-    if path is not None and pathlib.Path(path).exists():
-        stored = load_counts(path, **header)
-        if not np.array_equal(stored.index, index):
-            raise ValueError(f"{path} holds other images than asked for: give another path")
-        source.votes[:], done = stored.counts, stored.draws
-        source.evaluations[:] = stored.header["evaluations"]
-    for target in _targets(done, n):
-        source.draw(max(0, target - done))
-        done = max(done, target)
-        header |= {
-            "evaluations": source.evaluations.tolist(),
-            "sampler": RecordVotes(done).describe(),
-            "fixed_draws": True,
-        }
-        if path is not None:
-            save_counts(path, source.votes, index, y[index], **header)
-    return Record(source.votes, index, y[index], header)
 
 
 def moments(name, folder=DATA / "records"):

@@ -301,7 +301,7 @@ def test_an_ensemble_s_record_is_counted_again(tmp_path):
     whole = zoo.record(name, n=900, index=index)
     np.testing.assert_array_equal(parts.counts, whole.counts)
     assert parts.header == whole.header
-    with pytest.raises(ValueError, match="holds other images"):
+    with pytest.raises(ValueError, match="holds example 0, which this run does not ask for"):
         zoo.count(name, tmp_path / "parts.npz", n=1200, index=index + 1)
 
 
@@ -332,6 +332,13 @@ def test_an_ensemble_is_trained_member_by_member(tmp_path):
     place = [member["seed"] for member in header["members"]].index(4)
     same = load_checkpoint(tmp_path / "alone.safetensors")[0]
     assert model_hash(ensemble.members[place]) == model_hash(same)
+    assert training.train(recipe, path) == header  # a finished one is left as it is
+    for other, said in (
+        (dataclasses.replace(recipe, members=4), "3 members, not 4"),
+        (dataclasses.replace(recipe, schedule=Schedule(epochs=3, seed=4)), "epochs = 2, not 3"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            training.train(other, path)
 
 
 def test_moments_are_stored_and_read(tmp_path, monkeypatch):
