@@ -284,10 +284,6 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
     n, recipe = n or run_.n, MODELS[run_.model]
     x, y = load(recipe.data, "test", path=data_path)
     index = np.arange(0, len(x), run_.stride) if index is None else np.asarray(index)
-    names = None
-    if run_.readouts:
-        facts = load_checkpoint(pathlib.Path(models) / f"{run_.model}.safetensors")[1]
-        names = tuple(expand_readouts(run_.readouts, facts))
     job = functools.partial(
         Job,
         _network(run_, models, data_path),
@@ -299,7 +295,7 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
         seed=run_.seed,
         settings={"data": recipe.data, "split": "test"},
         engine=run_.engine,
-        readouts=names,
+        readouts=_readouts(run_, models),
     )
     if path is None:
         return _counted(job, n)
@@ -308,6 +304,14 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
     for target in _targets(done, n):
         run(job(sampler=RecordVotes(target), out=path.with_suffix("")))
     return load_counts(path)
+
+
+def _readouts(run_, folder):
+    """The names of a run's readouts, None where one network votes."""
+    if not run_.readouts:
+        return None
+    header = load_checkpoint(pathlib.Path(folder) / f"{run_.model}.safetensors")[1]
+    return tuple(expand_readouts(run_.readouts, header))
 
 
 def _network(run_, folder, data_path):
