@@ -511,3 +511,11 @@ def test_runs_of_readouts_that_cannot_be(tmp_path):
         job(tmp_path / "x", Certify(20, 100), NAMES)
     with pytest.raises(ValueError, match="readouts must be left out for a model that is no Ens"):
         dataclasses.replace(job(tmp_path / "x", RecordVotes(10), NAMES), model=networks()[0])
+
+
+def test_a_consensus_never_counts_non_finite_logits_of_its_first_members():
+    """NaN never agrees with class 1, and the third network could not mend it."""
+    models = [Overflows(), Constant(0.0, 1.0, 0.0), networks()[0]]
+    source = ModelCounts(models, images(2), NOISE, readouts="consensus2:0-2", **PLAIN)
+    with pytest.raises(ValueError, match="non-finite"):
+        source.draw(1000)
