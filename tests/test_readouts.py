@@ -425,9 +425,11 @@ class Overflows(nn.Module):
         return torch.stack([torch.where(first > 1.5, torch.nan, first), -first, 0 * first], dim=1)
 
 
-@pytest.mark.parametrize("readouts", [["soft:0-1"], "soft:0-1", "consensus1:1,0", "consensus1:0-1"])
+@pytest.mark.parametrize(
+    "readouts", [["soft:0-1"], "soft:0-1", "consensus1:1,0", "consensus1:0-1", "consensus2:0,2,1"]
+)
 def test_non_finite_logits_of_a_member_are_refused(readouts):
-    models = [networks()[0], Overflows()]
+    models = [networks()[0], Overflows(), networks()[1]]
     if readouts == "consensus1:0-1":  # the second is never asked
         ModelCounts(models, images(2), NOISE, readouts=readouts, **PLAIN).draw(1000)
         return
