@@ -9,7 +9,7 @@ from torch import nn
 
 from lib.certify import certify
 from lib.counts import RecordedCounts
-from lib.engine import jobs
+from lib.engine import classifier, jobs
 from lib.engine.classifier import BaseClassifier
 from lib.engine.live import ModelCounts
 from lib.engine.readouts import Readout, readout
@@ -521,3 +521,16 @@ def test_a_consensus_never_counts_non_finite_logits_of_its_first_members():
     source = ModelCounts(models, images(2), NOISE, readouts="consensus2:0-2", **PLAIN)
     with pytest.raises(ValueError, match="non-finite"):
         source.draw(1000)
+
+
+def test_networks_that_are_made_ready_together_share_a_block(monkeypatch):
+    """Whatever block would be the fastest for each."""
+    blocks = iter([8, 16])
+
+    def tuned(model, shape, device, dtype, given):
+        return {"block": given["block"] or next(blocks), "layout": "contiguous"}
+
+    monkeypatch.setattr(classifier, "tuned", tuned)
+    engine = {"dtype": torch.float32, "compile": False}
+    source = ModelCounts(networks()[:2], images(1), NOISE, readouts="soft:0-1", **engine)
+    assert [base.block for base in source.base.members] == [8, 8]
