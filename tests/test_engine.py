@@ -447,14 +447,6 @@ class BatchNormed(nn.Module):
         return self.head((x + self.b(self.second(x))).flatten(1))
 
 
-@pytest.fixture
-def threads():
-    """Sets torch's threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_counts_are_the_same_on_any_number_of_cores(threads, dtype):
     model, x, counted = small_resnet(), images(5), []

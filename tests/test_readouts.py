@@ -281,14 +281,6 @@ def test_a_true_consensus_run_saves_passes(threads):
     assert later.passes - before == -(-differ // 64)
 
 
-@pytest.fixture
-def threads():
-    """Sets torch's threads for one test."""
-    before = torch.get_num_threads()
-    yield torch.set_num_threads
-    torch.set_num_threads(before)
-
-
 def test_counts_of_readouts_do_not_depend_on_cores_blocks_or_company(threads):
     models, x, order = networks(), images(6), np.array([4, 0, 3])
     threads(1)

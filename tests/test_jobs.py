@@ -1,0 +1,61 @@
+"""Runs use the hardware: the blocks of adaptive samplers are full."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from lib.engine import jobs
+from lib.noise import Gaussian
+from lib.samplers import Certify, InputSpecific
+from lib.store.records import load_counts
+
+ENGINE = {"dtype": torch.float32, "block": 64, "layout": "contiguous", "compile": False}
+
+
+class Counting(nn.Module):
+    """Votes by the first pixel, and counts its passes of a whole block."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight, self.passes = nn.Parameter(torch.ones(1)), 0
+
+    def __deepcopy__(self, memo):
+        return self
+
+    def forward(self, x):
+        self.passes += len(x) == 64
+        first = (x.flatten(1)[:, 0] - 0.5) * self.weight
+        return torch.stack([first, -first], dim=1)
+
+
+def run(sampler, size, out):
+    """(passes, votes [B, C]) of a run over images of which some are near the boundary."""
+    images = torch.linspace(0, 1, size)[:, None, None, None].expand(size, 1, 4, 4).contiguous()
+    network, labels = Counting(), np.zeros(size, dtype=np.int64)
+    index = np.arange(size)
+    jobs.run(
+        jobs.Job(network, "", images, labels, index, sampler, Gaussian(0.3), 0, out, {}, ENGINE)
+    )
+    return network.passes, load_counts(f"{out}.npz").counts
+
+
+def test_the_first_stage_of_an_adaptive_sampler_fills_blocks(tmp_path, threads):
+    """A group is sized by the first stage: 16 draws of each of 40 examples are ten full blocks,
+    though one example alone could take more than twenty blocks of the second."""
+    threads(1)
+    passes, votes = run(InputSpecific(16, 2000, 0.05), 40, tmp_path / "log")
+    second = votes.sum() - 40 * 16
+    assert second > 64
+    assert passes == 10 + -(-second // 64)
+
+
+def test_a_fixed_sampler_is_journaled_after_few_blocks(tmp_path, monkeypatch):
+    """Its blocks are full by themselves, and a kill loses a group at most."""
+    groups, certify = [], jobs._certify_group
+    monkeypatch.setattr(
+        jobs, "_certify_group", lambda *given: groups.append(len(given[2])) or certify(*given)
+    )
+    passes, votes = run(Certify(60, 580), 10, tmp_path / "log")
+    assert groups == [2] * 5
+    assert (votes.sum(axis=1) == 640).all()
+    assert passes <= 5 * (2 + 19)
