@@ -62,6 +62,8 @@ class Objective:
       none, but Phi^-1 is infinite at 0 and 1. (1e-6, 1 - 1e-6) is as good as none.
     - fixed_class: False takes the best class anew in each step (algorithm 1, the listing); True
       keeps the one that is best under sigma0 (equation 2), estimated from 100 draws.
+    - against: "next" takes E_B of the next best class (all three statements); "rest" takes 1 - E_A,
+      the form of the radius that CERTIFY certifies. They differ where many classes share the rest.
     - bounds: (low, high), the range that sigma is kept in; > 0. The paper's stays positive by its
       small steps alone.
 
@@ -73,10 +75,12 @@ class Objective:
     scores: str = "softmax"
     clamp: tuple = (0.02, 0.98)
     fixed_class: bool = False
+    against: str = "next"
     bounds: tuple = (0.01, 10.0)
 
     def __post_init__(self):
         check_choice(("softmax", "logits"), scores=self.scores)
+        check_choice(("next", "rest"), against=self.against)
         check_choice(RADII, **{"noise.norm": getattr(self.noise, "norm", None)})
         for name, top in (("clamp", 1), ("bounds", np.inf)):
             pair = getattr(self, name)
@@ -100,6 +104,8 @@ class Objective:
         else:
             first = scores.gather(1, top[:, None])[:, 0]
             second = scores.scatter(1, top[:, None], -torch.inf).amax(dim=1)
+        if self.against == "rest":
+            second = 1 - first
         return RADII[self.noise.norm](scale, first.clamp(*self.clamp), second.clamp(*self.clamp))
 
 

@@ -190,6 +190,17 @@ def test_the_class_may_be_kept():
     assert found[0] != found[1]
 
 
+def test_the_rest_of_the_classes_may_stand_against_the_best():
+    """1 - E_A in place of the next best: the radius of CERTIFY, sigma Phi^-1(E_A)."""
+    scores, scale = torch.tensor([[0.2, 0.7, 0.1]]), torch.tensor([0.5])
+    rest, following = Objective(against="rest"), Objective()
+    assert rest.radius(scale, scores).item() == pytest.approx(Gaussian(0.5).radius(0.7), abs=1e-6)
+    expected = 0.25 * (ndtri(0.7) - ndtri(0.2))
+    assert following.radius(scale, scores).item() == pytest.approx(expected, abs=1e-6)
+    kept = rest.radius(scale, scores, torch.tensor([0])).item()
+    assert kept == pytest.approx(0.5 * ndtri(0.2), abs=1e-6)
+
+
 def test_grid_search_makes_as_many_evaluations_as_it_says():
     class Counted(Band):
         seen = 0
@@ -227,7 +238,13 @@ def test_refuses_bad_input(change, name):
 
 
 def test_objective_and_grid_refuse_bad_input():
-    for field in ({"scores": "odds"}, {"clamp": (0.0, 1.0)}, {"bounds": (0, 1)}, {"noise": int}):
+    for field in (
+        {"scores": "odds"},
+        {"against": "all"},
+        {"clamp": (0.0, 1.0)},
+        {"bounds": (0, 1)},
+        {"noise": int},
+    ):
         with pytest.raises(ValueError, match=next(iter(field))):
             Objective(**field)
     with pytest.raises(ValueError, match="evaluations"):
