@@ -466,14 +466,12 @@ def _train_ensemble(recipe, path, data_path, device, half, say):
     the others are for certificates. Its `weights` are those of the weighted vote of the first ten.
     """
     if path.exists():
-        return load_checkpoint(path)[1]
+        return _same_ensemble(recipe, path)
     x, y = load(recipe.data, "test", path=data_path)
     held_out = x[1::2], y.numpy()[1::2], restore_noise(recipe.noise)
     files, loaded = [], []
-    for i in range(recipe.members):
-        schedule = dataclasses.replace(recipe.schedule, seed=recipe.schedule.seed + i)
+    for i, member in enumerate(_members(recipe)):
         files.append(path.with_name(f"{path.name}.{i}"))
-        member = dataclasses.replace(recipe, schedule=schedule, members=1)
         train(member, files[-1], data_path, device, half=False, say=say)
         loaded.append(load_checkpoint(files[-1]))
     order, accuracy = order_by_accuracy([network for network, _ in loaded], *held_out, draws=100)
@@ -488,6 +486,26 @@ def _train_ensemble(recipe, path, data_path, device, half, say):
         file.unlink()
         file.with_name(file.name + ".csv").unlink(missing_ok=True)
     return load_checkpoint(path)[1]
+
+
+def _members(recipe):
+    """The recipes of an ensemble's members, which differ in their seed."""
+    for i in range(recipe.members):
+        schedule = dataclasses.replace(recipe.schedule, seed=recipe.schedule.seed + i)
+        yield dataclasses.replace(recipe, schedule=schedule, members=1)
+
+
+def _same_ensemble(recipe, path):
+    """The header of a finished ensemble; a ValueError where it was trained after another recipe."""
+    header = load_checkpoint(path)[1]
+    stored = sorted(header.get("members", []), key=lambda member: member["seed"])
+    expected = [member.header() for member in _members(recipe)]
+    if len(stored) != len(expected):
+        raise ValueError(f"{path} holds {len(stored)} members, not {len(expected)}")
+    for old, new in zip(stored, expected, strict=True):
+        if {name: old.get(name) for name in new} != new:
+            raise ValueError(f"{path} was trained with {difference(old, old | new)}")
+    return header
 
 
 def _progress(row, epochs, left):

@@ -11,6 +11,7 @@ from torch import nn
 from lib.attacks import attack_smoothed
 from lib.certify import certify
 from lib.engine.live import ModelCounts
+from lib.engine.readouts import Readout
 from lib.ensemble import (
     VOTES,
     Ensemble,
@@ -139,6 +140,23 @@ def test_an_ensemble_is_certified_as_a_network(vote):
         votes = ensemble(noisy.flatten(0, 1)).argmax(dim=1).view(3, 200)
     expected = np.stack([np.bincount(row, minlength=10) for row in votes.numpy()])
     np.testing.assert_array_equal(counts.votes, expected)
+
+
+@pytest.mark.parametrize("vote", VOTES)
+@pytest.mark.parametrize("consensus", [None, 1, 3])
+def test_its_votes_are_those_of_the_readout_of_the_same_name(vote, consensus):
+    """The ensemble as one network and the engine's readout: the same class on every draw."""
+    members, x, noise = networks(K), images(4), Gaussian(0.5)
+    engine = {"seed": 2, "tune": False, "compile": False, "dtype": torch.float32}
+    ensemble = Ensemble(members, consensus=consensus, **options(vote))
+    read = Readout(range(K), vote, consensus, ensemble.weights)
+    alone = ModelCounts(ensemble, x, noise, **engine)
+    together = ModelCounts(members, x, noise, readouts=read.name, **engine)
+    for _ in range(3):
+        np.testing.assert_array_equal(alone.draw(100), together.draw(100))
+    assert together.evaluations.max() <= K * 300
+    if consensus == 1:
+        assert (together.evaluations == 300).all()
 
 
 def test_an_ensemble_is_attacked_as_a_network():

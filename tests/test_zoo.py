@@ -332,6 +332,13 @@ def test_an_ensemble_is_trained_member_by_member(tmp_path):
     place = [member["seed"] for member in header["members"]].index(4)
     same = load_checkpoint(tmp_path / "alone.safetensors")[0]
     assert model_hash(ensemble.members[place]) == model_hash(same)
+    assert training.train(recipe, path) == header  # a finished one is left as it is
+    for other, said in (
+        (dataclasses.replace(recipe, members=4), "3 members, not 4"),
+        (dataclasses.replace(recipe, schedule=Schedule(epochs=3, seed=4)), "epochs = 2, not 3"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            training.train(other, path)
 
 
 def test_moments_are_stored_and_read(tmp_path, monkeypatch):
