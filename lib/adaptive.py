@@ -47,6 +47,8 @@ def _follow(counts, tests, alive, chosen=None):
     votes, drawn = np.zeros((size, counts.classes), dtype=np.int64), np.zeros(size, dtype=np.int64)
     fresh, before, alive = tests[0].fresh, 0, alive.copy()
     for look in np.unique(np.concatenate([test.looks for test in tests])):
+        if not alive.any():
+            break
         more = int(look if fresh else look - before)
         new = counts.draw(np.where(alive, more, 0))
         votes, before = new if fresh else votes + new, look
@@ -348,6 +350,8 @@ def _follow_pair(counts, tests, alive, chosen):
     votes, drawn = np.zeros((size, counts.classes), dtype=np.int64), np.zeros(size, dtype=np.int64)
     before, mine, alive = 0, alive, alive.copy()
     for look in np.unique(np.concatenate([test.looks for test in tests])):
+        if not alive.any():
+            break
         votes = votes + counts.draw(np.where(alive, look - before, 0))
         drawn += (look - before) * alive
         before = look
@@ -377,6 +381,8 @@ def staircase(n, alpha, price=0.4, looks=12):
     z(k; n) = Phi^-1(clopper_pearson_lower(k, n, alpha)), at least 0.
     """
     check_draws(n=n, looks=looks)
+    if np.ndim(n):
+        raise ValueError(f"n must be one whole number, the draws of the last look; got {n!r}")
     check_level(alpha=alpha)
     if not np.isscalar(price) or not 0 <= price < np.inf:
         raise ValueError(f"price must be a finite price >= 0, such as 0.4; got {price!r}")
@@ -413,7 +419,8 @@ def certify_staircase(counts, noise, n0, n, alpha, price=0.4, looks=12, predicti
     count below the gate, so CPlower < q_j <= Q_{i-1} <= p_A: true. A return after look i needs
     k_i >= gate_i, so CPlower(k_i, n_i, alpha) >= q_i = Q_i > p_A; a false one at look i needs
     CPlower(k_i, n_i, alpha) > p_A. Both lie in the one event {CPlower(k_i, n_i, alpha) > p_A}, of
-    probability <= alpha. Where p_A >= Q_{m-1}, the same holds with the last look.
+    probability <= alpha. Where p_A >= Q_{m-1}, the same holds with the last look. A run cut short
+    after gate j may return Q_j.
 
     - counts: source of votes for B examples; at most n0 + n draws of each are taken.
     - noise: smoothing distribution; its norm and units are the radius's.
@@ -434,6 +441,8 @@ def certify_staircase(counts, noise, n0, n, alpha, price=0.4, looks=12, predicti
     alive, before, p_lower = np.ones(size, dtype=bool), 0, np.zeros(size)
     bound = staircase_bounds(sizes, gates, alpha)
     for j, look in enumerate(sizes):
+        if not alive.any():
+            break
         new = votes_for(chosen, counts.draw(np.where(alive, int(look) - before, 0)))
         hits, drawn, before = hits + new, drawn + (look - before) * alive, int(look)
         stop = alive & (hits < gates[j]) if j < len(gates) else alive

@@ -249,8 +249,13 @@ def design(null, n, alpha, beta=None, alone=False):
     check_level(alpha=alpha)
     if beta is not None:
         check_level(beta=beta)
+    if np.ndim(n):
+        raise ValueError(f"n must be one whole number; got {n!r}")
     if not (0 if alone else 0.5) <= null < 1 or null == 0:
-        raise ValueError(f"null must be a probability in [1/2, 1); got {null!r}")
+        raise ValueError(
+            "radius must be one that a probability below 1 certifies: null must be in [1/2, 1), or "
+            f"with alone=True in (0, 1); got {null!r}"
+        )
     if n * math.log(null) > math.log(alpha):
         most = alpha ** (1 / n)
         raise ValueError(

@@ -214,6 +214,15 @@ class Uniform(Noise):
         p_lower = check_probability(p_lower, "p_lower")
         return np.maximum(0.0, 2 * self.level * (p_lower - 0.5))[()]
 
+    def radius_two(self, p_a, p_b):
+        """Certified l1 radius lambda (p_a - p_b), 0 where p_a <= p_b.
+
+        A shift of l1 length d changes each class's probability by at most d / (2 lambda).
+        Arguments as of Gaussian.radius_two; with p_b = 1 - p_a it is `radius`.
+        """
+        gap = check_probability(p_a, "p_a") - check_probability(p_b, "p_b")
+        return np.maximum(0.0, self.level * gap)[()]
+
     def probability(self, radius):
         """The top-class probability 1/2 + radius / (2 lambda) that certifies `radius`.
 

@@ -9,7 +9,7 @@ from scipy.stats import binom, binomtest
 from lib.audit import audit, is_false, true_radius, truths, verdict, worst
 from lib.bounds import clopper_pearson_lower
 from lib.certify import ABSTAIN, Certificates, certify, certify_margin, predict
-from lib.noise import Gaussian
+from lib.noise import Gaussian, Uniform
 from lib.samplers import (
     SAMPLERS,
     Adaptive,
@@ -69,6 +69,12 @@ def test_sound_samplers_hold(sampler):
     assert worst(table)["rate"] <= 2.0
     assert (table["exact"].dropna() <= 1 + 1e-9).all()
     assert table["certified"].max() > 0.9
+
+
+def test_margin_holds_under_uniform_noise():
+    """Its radius of two probabilities is another one, lambda (p_a - p_b)."""
+    table = audit(Margin(n=1000, alpha=0.01), Uniform(1.0), runs=4000)
+    assert verdict(table) == "holds", str(table)
 
 
 @pytest.mark.parametrize("sampler", PUBLISHED_UNSOUND, ids=repr)

@@ -397,3 +397,14 @@ def test_the_l1_radius_is_tight():
         assert (votes > size / 2) == above
     drawn = noise.sample(torch.zeros(size, 1, 1, 1), generator)
     assert binomtest(int((drawn < edge).sum()), size, p).pvalue > 1e-3
+
+
+@pytest.mark.parametrize("noise", [Gaussian(0.25), Gaussian([0.25, 0.5, 1.0]), Uniform(0.5)])
+def test_the_radius_of_two_probabilities(noise):
+    """With p_b = 1 - p_a it is that of one; more of a rest that is shared is more radius."""
+    p = np.array([0.6, 0.9, 0.999])
+    np.testing.assert_allclose(noise.radius_two(p, 1 - p), noise.radius(p), rtol=1e-9)
+    assert (noise.radius_two(p, (1 - p) / 2) > noise.radius(p)).all()
+    assert (noise.radius_two(p / 2, p) == 0).all()
+    with pytest.raises(ValueError, match="p_b"):
+        noise.radius_two(p, -p)
