@@ -58,7 +58,7 @@ def rate(run, seconds):
     start, busy, done, elapsed = time.perf_counter(), time.process_time(), 0, 0.0
     while elapsed < seconds:
         # Pieces of about half a second once the rate is known.
-        draws = max(2000, int(0.5 * done / elapsed)) if done else 2000
+        draws = max(1024, int(0.5 * done / elapsed)) if done else 1024
         run(draws)
         done, elapsed = done + draws, time.perf_counter() - start
     return done / elapsed, done / (time.process_time() - busy)
@@ -85,7 +85,7 @@ def contender(name, kind, device):
     else:
         dtype = kind.split()[1]
         if dtype == "int8":
-            model = quantize(model, torch.rand(256, *shape), Gaussian(0.25))
+            model = quantize(model, torch.rand(128, *shape), Gaussian(0.25))
         base = BaseClassifier(
             model, shape, device=device, dtype=dtype, compile=kind.endswith("compiled")
         )
@@ -112,7 +112,7 @@ def products(dtype, operations, device):
             result = multiply(a, b)
         float(result[0, 0])
 
-    run(2000)
+    run(1)
     return run
 
 
