@@ -16,14 +16,10 @@ from lib.metrics import (
     certified_accuracy,
     curve,
     envelope,
+    iss_beside_ias,
     paired_gain,
     right_radius,
     row,
-)
-
-
-    envelope,
-    iss_beside_ias,
 )
 from lib.noise import Gaussian
 
