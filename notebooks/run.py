@@ -6,6 +6,7 @@ What is written is the same from run to run. python notebooks/run.py contents PR
 table of contents beside the chapters' folders.
 """
 
+import csv
 import os
 import re
 import sys
@@ -119,7 +120,30 @@ def contents(folder):
         picture = f'<img src="{path.stem}/{cover}.png" alt="{cover}" width="320">' if cover else ""
         words = f"**[{title(book)}]({path.stem}/README.md)**<br>{said['In short']}"
         rows.append(f"| {picture} | {words}<br>*{said['Time']}* |")
+    rows += ["", *coverage()]
     (folder / "README.md").write_text("\n".join(rows) + "\n")
+
+
+def coverage():
+    """notebooks/coverage.csv as Markdown: where each table and figure is, and how close."""
+    with open(FOLDER / "coverage.csv", newline="") as file:
+        table = list(csv.DictReader(file))
+    text = """## What is reproduced, and how closely
+
+Every table, figure, theorem and algorithm of the papers; a dash: not reproduced, and why."""
+    yield from text.splitlines()
+    for paper in dict.fromkeys(row["paper"] for row in table):
+        yield from (
+            "",
+            f"### {paper}",
+            "",
+            "| item | chapter | how closely |",
+            "| --- | --- | --- |",
+        )
+        for row in (row for row in table if row["paper"] == paper):
+            link = f"[{row['chapter'][:2]}]({row['chapter']}/README.md)" if row["chapter"] else "–"
+            where = f"{link}: {row['section'].removesuffix(' ·')}" if row["section"] else link
+            yield f"| {row['item']} | {where} | {row['closeness']} |"
 
 
 def _paragraph(source, label):
