@@ -162,7 +162,8 @@ def test_a_noise_of_another_number_of_examples_is_refused():
 def test_what_a_sampler_states_is_what_it_takes():
     """first, most and fixed of every registered sampler, at the probabilities where it may stop."""
     noise = Gaussian(0.5)
-    for sampler in (Certify(20, 300), InputSpecific(20, 300), InputSpecific(20, 300, reuse=True)):
+    iss = [InputSpecific(20, 300, decline=1e-6, reuse=reuse) for reuse in (False, True)]
+    for sampler in (Certify(20, 300), *iss):
         source = SimulatedCounts([[p, 1 - p] for p in (0.5, 0.6, 0.9, 0.999, 1.0)])
         asked, draw = [], source.draw
 
