@@ -136,7 +136,8 @@ def main(*arguments):
         ours, peak, held = run_worker(size, "ours")
         theirs = run_worker(size, "listing")[0] if size <= 10_000 else float("nan")
         print(
-            f"| {size:,} | {ours:.2f} | {theirs:.1f} | {theirs / ours:.0f} | {peak:,.0f} (points: {held:,.0f}) |",
+            f"| {size:,} | {ours:.2f} | {theirs:.1f} | {theirs / ours:.0f} | {peak:,.0f} "
+            f"(points: {held:,.0f}) |",
             flush=True,
         )
 
