@@ -315,7 +315,13 @@ def error(boundaries, alone=False):
     alone: that of one class fixed beforehand, at p = null.
     """
     p = boundaries.null
-    other = 0.0 if alone else crossing(boundaries, 1 - p)
+    if alone:
+        return crossing(boundaries, p) + SLACK
+    # The other class crosses early or, by the union over the late looks, hardly ever.
+    late = np.cumsum(binom.sf(boundaries.certify - 1, boundaries.looks, 1 - p)[::-1])[::-1]
+    early = int((late > SLACK).sum())
+    arrays = (boundaries.looks, boundaries.certify, boundaries.abstain)
+    other = crossing(Boundaries(p, *(part[:early] for part in arrays)), 1 - p) + SLACK
     return crossing(boundaries, p) + other + SLACK
 
 
