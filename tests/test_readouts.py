@@ -218,7 +218,10 @@ def test_views_evaluate_each_draw_once_and_keep_none_that_all_have():
         source.view(name).draw([64, 64, 0, 128])
     assert spy.passes == before + 4
     assert all(kept is None for kept in source._stream.kept)
-    source.view(names[0]).draw(64)
+    more = source.view(names[0]).draw(64)
+    alone = ModelCounts(spy, x, NOISE, **PLAIN)
+    alone.draw([64, 64, 0, 128])
+    np.testing.assert_array_equal(more, alone.draw(64))
     assert [kept.shape for kept in source._stream.kept] == [(3, 64)] * 4
 
 
