@@ -529,3 +529,16 @@ def test_networks_that_are_made_ready_together_share_a_block(monkeypatch):
     engine = {"dtype": torch.float32, "compile": False}
     source = ModelCounts(networks()[:2], images(1), NOISE, readouts="soft:0-1", **engine)
     assert [base.block for base in source.base.members] == [8, 8]
+
+
+def test_views_of_hundreds_of_classes():
+    """Class 299 does not fit into a byte."""
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(16, 300))
+    with torch.no_grad():
+        wide[1].bias[299] += 2
+    names = ["member:0", "consensus1:0"]
+    direct = ModelCounts([wide], images(1), NOISE, readouts=names, **PLAIN).draw(300)
+    source = ModelCounts([wide], images(1), NOISE, readouts=names, **PLAIN)
+    for name, counts in zip(names, direct, strict=True):
+        np.testing.assert_array_equal(source.view(name).draw(300), counts)
+    assert direct[:, :, 299].min() > 100
