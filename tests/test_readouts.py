@@ -218,7 +218,10 @@ def test_views_evaluate_each_draw_once_and_keep_none_that_all_have():
         source.view(name).draw([64, 64, 0, 128])
     assert spy.passes == before + 4
     assert all(kept is None for kept in source._stream.kept)
-    source.view(names[0]).draw(64)
+    more = source.view(names[0]).draw(64)
+    alone = ModelCounts(spy, x, NOISE, **PLAIN)
+    alone.draw([64, 64, 0, 128])
+    np.testing.assert_array_equal(more, alone.draw(64))
     assert [kept.shape for kept in source._stream.kept] == [(3, 64)] * 4
 
 
@@ -526,3 +529,16 @@ def test_networks_that_are_made_ready_together_share_a_block(monkeypatch):
     engine = {"dtype": torch.float32, "compile": False}
     source = ModelCounts(networks()[:2], images(1), NOISE, readouts="soft:0-1", **engine)
     assert [base.block for base in source.base.members] == [8, 8]
+
+
+def test_views_of_hundreds_of_classes():
+    """Class 299 does not fit into a byte."""
+    wide = nn.Sequential(nn.Flatten(), nn.Linear(16, 300))
+    with torch.no_grad():
+        wide[1].bias[299] += 2
+    names = ["member:0", "consensus1:0"]
+    direct = ModelCounts([wide], images(1), NOISE, readouts=names, **PLAIN).draw(300)
+    source = ModelCounts([wide], images(1), NOISE, readouts=names, **PLAIN)
+    for name, counts in zip(names, direct, strict=True):
+        np.testing.assert_array_equal(source.view(name).draw(300), counts)
+    assert direct[:, :, 299].min() > 100
