@@ -190,7 +190,8 @@ def main():
             print(f"\n{ran}: {examples} examples x {draws:,} draws, the same noise\n")
             print(
                 f"| against {options.against} | largest difference of a class's fraction, in Monte "
-                "Carlo standard errors | votes that differ | ACR of both |\n| --- | ---: | ---: | --- |"
+                "Carlo standard errors | votes that differ | ACR of both |\n"
+                "| --- | ---: | ---: | --- |"
             )
         for dtype in others if examples else []:
             print(f"| {dtype} | {bench.precision(dtype, examples, draws)} |", flush=True)
