@@ -433,7 +433,7 @@ def siblings(name):
 
 
 def cifar10(data_path, out=DATA):
-    """Train what is missing of the CIFAR-10 networks, then count their records.
+    """Train what is missing of the Gaussian CIFAR-10 networks, then count their records.
 
     A record that is named as its network without the seed is of the best seed: the one of highest
     noisy accuracy on test images that no record holds. Everything stops and resumes: a network at
@@ -445,7 +445,11 @@ def cifar10(data_path, out=DATA):
     Raises ValueError, before any work, where `out` holds records of other images: those in data/
     are of JPEG copies of CIFAR-10 (data/README.md).
     """
-    recipes = {name: recipe for name, recipe in MODELS.items() if recipe.data == "cifar10"}
+    recipes = {
+        name: recipe
+        for name, recipe in MODELS.items()
+        if recipe.data == "cifar10" and recipe.loss["name"] == "gaussian"
+    }
     models, records = pathlib.Path(out) / "models", pathlib.Path(out) / "records"
     runs = {records / f"{name}.npz": r for name, r in RUNS.items() if r.model in recipes}
     images = content_hash(load("cifar10", "test", path=data_path)[0])

@@ -418,6 +418,20 @@ def test_passes_are_counted(loss):
 
 
 @every_loss
+def test_large_batches_pass_one_noise_at_a_time_to_the_same_value(loss, monkeypatch):
+    model, (x, y) = network(torch.float64).eval(), batch(torch.float64)
+    results = []
+    for pixels in (losses.ONE_PASS, 0):
+        monkeypatch.setattr(losses, "ONE_PASS", pixels)
+        model.zero_grad()
+        result = value(loss, model, x, y)
+        result.backward()
+        results.append([result.detach(), *(p.grad.clone() for p in model.parameters())])
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
+
+
+@every_loss
 def test_under_autocast_and_without_gradients(loss):
     """A float32 value near the exact one, in bfloat16; and a value where gradients are off."""
     model, (x, y) = network(), batch()
