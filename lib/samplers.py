@@ -56,15 +56,13 @@ class Sampler:
         return SAMPLERS.describe(self)
 
 
-@register("certify")
 @dataclasses.dataclass(frozen=True)
-class Certify(Sampler):
-    """CERTIFY (lib.certify.certify)."""
+class TwoStage(Sampler):
+    """Samplers whose n0 draws choose the class, and whose other draws bound it."""
 
     n0: int = option(100, "Draws that choose the class.")
     n: int = option(100_000, "Draws for the bound (the most, where the sampler decides).")
     alpha: float = option(0.001, "Failure probability per example, one-sided.")
-    fixed = True
 
     def __post_init__(self):
         check_draws(n0=self.n0, n=self.n)
@@ -72,6 +70,14 @@ class Certify(Sampler):
 
     first = property(lambda self: self.n0)
     most = property(lambda self: self.n0 + self.n)
+
+
+@register("certify")
+@dataclasses.dataclass(frozen=True)
+class Certify(TwoStage):
+    """CERTIFY (lib.certify.certify)."""
+
+    fixed = True
 
     def __call__(self, counts, noise):
         return certify(counts, noise, self.n0, self.n, self.alpha)
@@ -87,23 +93,18 @@ class Certify(Sampler):
 
 @register("iss")
 @dataclasses.dataclass(frozen=True)
-class InputSpecific(Sampler):
+class InputSpecific(TwoStage):
     """Input-specific sampling (lib.iss.certify_iss)."""
 
-    n0: int = option(100, "Draws that choose the class.")
-    n: int = option(100_000, "Draws for the bound (the most, where the sampler decides).")
-    alpha: float = option(0.001, "Failure probability per example, one-sided.")
     decline: float = option(0.05, "Radius that may be lost, or its fraction.")
     kind: str = option("absolute", "What decline is.", KINDS)
     reuse: bool = option(False, "Count the first draws again, as published (no guarantee).")
 
     def __post_init__(self):
-        check_draws(n0=self.n0, n=self.n)
-        check_level(alpha=self.alpha)
+        super().__post_init__()
         if self.n0 > self.n:
             raise ValueError(f"n0 must be at most n = {self.n} draws; got {self.n0}")
 
-    first = property(lambda self: self.n0)
     most = property(lambda self: self.n if self.reuse else self.n0 + self.n)
 
     def __call__(self, counts, noise):
@@ -152,21 +153,15 @@ def _numbers(text, kind):
 
 @register("margin")
 @dataclasses.dataclass(frozen=True)
-class Margin(Sampler):
+class Margin(TwoStage):
     """CERTIFY with the runner-up counted, without a union over classes (certify_margin)."""
 
-    n0: int = option(100, "Draws that choose the class.")
-    n: int = option(100_000, "Draws for the bound (the most, where the sampler decides).")
-    alpha: float = option(0.001, "Failure probability per example, one-sided.")
     share: float = option(0.9, "Fraction of alpha for the class's own bound.")
     fixed = True
 
     def __post_init__(self):
-        check_draws(n0=self.n0, n=self.n)
-        check_level(alpha=self.alpha, share=self.share)
-
-    first = property(lambda self: self.n0)
-    most = property(lambda self: self.n0 + self.n)
+        super().__post_init__()
+        check_level(share=self.share)
 
     def __call__(self, counts, noise):
         return certify_margin(counts, noise, self.n0, self.n, self.alpha, self.share)
@@ -178,21 +173,11 @@ class Margin(Sampler):
 
 @register("partition")
 @dataclasses.dataclass(frozen=True)
-class Partition(Sampler):
+class Partition(TwoStage):
     """The runner-up counted, with a union bound over groups of classes (certify_partition)."""
 
-    n0: int = option(100, "Draws that choose the class.")
-    n: int = option(100_000, "Draws for the bound (the most, where the sampler decides).")
-    alpha: float = option(0.001, "Failure probability per example, one-sided.")
     merge: bool = option(True, "Group rare classes (else Bonferroni over all classes).")
     fixed = True
-
-    def __post_init__(self):
-        check_draws(n0=self.n0, n=self.n)
-        check_level(alpha=self.alpha)
-
-    first = property(lambda self: self.n0)
-    most = property(lambda self: self.n0 + self.n)
 
     def __call__(self, counts, noise):
         return certify_partition(counts, noise, self.n0, self.n, self.alpha, self.merge)
@@ -283,20 +268,16 @@ class Anytime(Sampler):
 
 @register("staircase")
 @dataclasses.dataclass(frozen=True)
-class Staircase(Sampler):
+class Staircase(TwoStage):
     """The largest radius, with few draws where more would hardly raise it (certify_staircase)."""
 
-    n0: int = option(100, "Draws that choose the class.")
-    n: int = option(100_000, "Draws for the bound (the most, where the sampler decides).")
-    alpha: float = option(0.001, "Failure probability per example, one-sided.")
     price: float = option(0.4, "Of n draws, in radius / sigma: saves draws, costs radius.")
     looks: int = option(12, "Looks at the votes.")
 
     def __post_init__(self):
-        check_draws(n0=self.n0, n=self.n, looks=self.looks)
-        check_level(alpha=self.alpha)
+        super().__post_init__()
+        check_draws(looks=self.looks)
 
-    first = property(lambda self: self.n0)
     most = standard = property(lambda self: self.n0 + self.n)
 
     def __call__(self, counts, noise):
