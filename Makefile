@@ -67,10 +67,10 @@ format: $(READY) ## ruff format and safe fixes; notebooks without outputs, their
 	$(BIN)/ruff format .
 	$(BIN)/python notebooks/lint.py --fix
 
-models: $(READY) ## retrain the committed digits networks (half a minute)
+models: $(READY) ## retrain the digits networks of data/experiments.toml
 	$(BIN)/python -m lib.zoo models
 
-records: $(READY) ## count the votes of every committed digits record again (20 minutes on two cores), with a progress bar
+records: $(READY) ## count the votes of every digits record again, with a progress bar
 	$(BIN)/python -m lib.zoo records
 
 cifar10: $(READY) ## CIFAR-10: train, select, record; make cifar10 DATA=<npz, folder or tar.gz> OUT=<folder>; hours, stops and resumes
