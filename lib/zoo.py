@@ -110,55 +110,6 @@ def read_table(path=DATA / "experiments.toml"):
 
 MODELS, RUNS, MOMENTS = read_table()
 
-# Logs that others published: in a packed file, or in a file of their own (with what is true of it).
-METHODS = ("cohen", "stab", "salman", "macer", "consistency", "cat-rs")
-PUBLISHED = {
-    f"cifar10-resnet110-{method}-sigma{s:.2f}": "cifar10-resnet110"
-    for method in METHODS
-    for s in (0.25, 0.5, 1.0)
-}
-_CONSISTENCY = {
-    "method": "consistency",
-    "architecture": "ResNet-50",
-    "data": "ImageNet validation, 500 images: 0, 100, ..., 49,900",
-    "n0": 100,
-    "n": 100_000,
-    "alpha": 0.001,
-    "source": "https://github.com/jh-jeong/smoothing-consistency",
-    "licence": "MIT",
-    "commit": "a11954aa91adb9924eecf49aaca74051e79bbb86",
-}
-PUBLISHED |= {
-    f"imagenet-resnet50-consistency-sigma{s:.2f}": _CONSISTENCY
-    | {
-        "sigma": s,
-        "path": f"data/certify/imagenet/consistency/cohen/num_2/lbd_5.0/{path}",
-        "sha256": digest,
-    }
-    for s, path, digest in (
-        (
-            0.5,
-            "eta_0.5/noise_0.50",
-            "123a2c82fb044ace8db3776c1b6f84d651ebd4dcf421aaff40ab16ae73c3fc44",
-        ),
-        (
-            1.0,
-            "eta_0.1/noise_1.00",
-            "5f0390cdfa227e6193fa9931c47e77d5c35a887928f984ab9d3595b9de322593",
-        ),
-    )
-}
-
-
-def model(name, folder=DATA / "models"):
-    """A trained classifier by name (in eval mode, float32): loaded, or trained and stored."""
-    check_choice(MODELS, model=name)
-    path = pathlib.Path(folder) / f"{name}.safetensors"
-    if not path.exists():
-        train(MODELS[name], path)
-    return load_checkpoint(path)[0]
-
-
 # Logs that others published: in a packed file, or a file of their own and what is true of it.
 METHODS = ("cohen", "stab", "salman", "macer", "consistency", "cat-rs")
 PUBLISHED = {
@@ -194,6 +145,15 @@ PUBLISHED |= {
         ),
     )
 }
+
+
+def model(name, folder=DATA / "models"):
+    """A trained classifier by name (in eval mode, float32): loaded, or trained and stored."""
+    check_choice(MODELS, model=name)
+    path = pathlib.Path(folder) / f"{name}.safetensors"
+    if not path.exists():
+        train(MODELS[name], path)
+    return load_checkpoint(path)[0]
 
 
 def published(name, folder=DATA / "records"):
