@@ -18,9 +18,9 @@ from tqdm.auto import tqdm
 from lib.checks import check_choice
 from lib.data import content_hash, load
 from lib.engine.jobs import Job, run
-from lib.engine.moments import count_readouts, load_moments, measure_moments, save_moments
+from lib.engine.moments import load_moments, measure_moments, save_moments
 from lib.engine.readouts import Readout, readout
-from lib.ensemble import fit_weights
+from lib.ensemble import Ensemble
 from lib.models import load_checkpoint, model_hash
 from lib.noise import restore_noise
 from lib.samplers import RecordVotes
@@ -28,7 +28,7 @@ from lib.sigma import load_sigma, search
 from lib.store.files import sha256
 from lib.store.logs import read_log
 from lib.store.published import read_published
-from lib.store.records import load_counts, save_counts
+from lib.store.records import load_counts
 from lib.train import Recipe, Schedule, quantize_network, train
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
@@ -44,7 +44,7 @@ ROUNDS = 20  # steps in which a long record is stored
 class Run:
     """How a record is counted.
 
-    - model: name of the network. noise: description of the noise of the votes.
+    - model: name of the network or ensemble. noise: description of the noise of the votes.
     - n: draws of each test image. stride: between the test images. seed: of the noise.
     - engine: settings of the base classifier (dtype, block, layout, compile).
     - readouts: of an ensemble, names of lib.engine.readouts with spaces between them, as
@@ -81,9 +81,9 @@ def expand(entry):
 def read_table(path=DATA / "experiments.toml"):
     """({name: Recipe}, {name: Run}, {name: networks}) of the table of experiments.
 
-    The third are the networks whose logits' moments are measured (see `measure`).
+    The third are the ensembles: names of networks that vote together, in the order of the members.
 
-    Raises ValueError where a name occurs twice or a record's network is missing.
+    Raises ValueError where a name occurs twice or a network is missing.
     """
     table = tomllib.loads(pathlib.Path(path).read_text())
     schedule = [field.name for field in dataclasses.fields(Schedule)]
@@ -92,23 +92,30 @@ def read_table(path=DATA / "experiments.toml"):
         check_choice((False,), **{f"{name} twice in {path}": name in models})
         options = {key: fields.pop(key) for key in schedule if key in fields}
         models[name] = Recipe(**fields, schedule=Schedule(**options))
+    ensembles = {name: members.split() for name, members in table.get("ensembles", {}).items()}
+    for name, members in ensembles.items():
+        for member in members:
+            check_choice(models, **{f"a member of {name}": member})
     for name, fields in itertools.chain.from_iterable(map(expand, table["record"])):
         check_choice((False,), **{f"{name} twice in {path}": name in runs})
         if "of" in fields:
             check_choice(runs, of=fields["of"])
             same = {key: getattr(runs[fields["of"]], key) for key in ("model", "noise", "stride")}
             fields = same | fields
-        check_choice(models, model=fields["model"])
-        engine = ENGINES[models[fields["model"]].data] | fields.pop("engine", {})
+        check_choice([*models, *ensembles], model=fields["model"])
+        (first, *_) = ensembles.get(fields["model"], [fields["model"]])
+        engine = ENGINES[models[first].data] | fields.pop("engine", {})
         runs[name] = Run(**fields, engine=engine)
-    return (
-        models,
-        runs,
-        {name: networks.split() for name, networks in table.get("moments", {}).items()},
-    )
+    return models, runs, ensembles
 
 
-MODELS, RUNS, MOMENTS = read_table()
+MODELS, RUNS, ENSEMBLES = read_table()
+
+
+def recipe_of(name):
+    """The recipe of a network, or of the first of an ensemble."""
+    return MODELS[ENSEMBLES.get(name, [name])[0]]
+
 
 # Logs that others published: in a packed file, or a file of their own and what is true of it.
 METHODS = ("cohen", "stab", "salman", "macer", "consistency", "cat-rs")
@@ -148,8 +155,13 @@ PUBLISHED |= {
 
 
 def model(name, folder=DATA / "models"):
-    """A trained classifier by name (in eval mode, float32): loaded, or trained and stored."""
-    check_choice(MODELS, model=name)
+    """A trained classifier by name (in eval mode, float32): loaded, or trained and stored.
+
+    An ensemble of the table is a lib.ensemble.Ensemble of its networks, by soft vote.
+    """
+    check_choice([*MODELS, *ENSEMBLES], model=name)
+    if name in ENSEMBLES:
+        return Ensemble([model(member, folder) for member in ENSEMBLES[name]])
     path = pathlib.Path(folder) / f"{name}.safetensors"
     if not path.exists():
         train(MODELS[name], path)
@@ -186,10 +198,8 @@ def record(name, n=None, index=None, folder=DATA / "records"):
 
     Returns a lib.store.records.Record.
     """
-    check_choice([*RUNS, *MOMENTS], record=name)
+    check_choice(RUNS, record=name)
     path = pathlib.Path(folder) / f"{name}.npz"
-    if name in MOMENTS:
-        return load_counts(path)
     if n is not None or index is not None:
         return count(RUNS[name], None, n, index)
     if path.exists():
@@ -215,7 +225,7 @@ def sigma(name, data_path=None, folder=DATA / "sigmas", models=DATA / "models"):
     run_, path = RUNS[name], pathlib.Path(folder) / f"{name}.npz"
     if path.exists():
         return load_sigma(path, model=run_.model)
-    recipe = MODELS[run_.model]
+    recipe = recipe_of(run_.model)
     images, _ = load(recipe.data, "test", path=data_path)
     (start,) = (value for key, value in run_.noise.items() if key != "name")
     index = np.arange(0, len(images), run_.stride)
@@ -241,12 +251,12 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
     Raises ValueError where the record at `path` was counted in another way.
     """
     run_ = RUNS[run_] if isinstance(run_, str) else run_
-    n, recipe = n or run_.n, MODELS[run_.model]
+    n, recipe = n or run_.n, recipe_of(run_.model)
     x, y = load(recipe.data, "test", path=data_path)
     index = np.arange(0, len(x), run_.stride) if index is None else np.asarray(index)
     job = functools.partial(
         Job,
-        _network(run_, models, data_path),
+        network_of(run_, models, data_path),
         run_.model,
         x,
         y.numpy(),
@@ -270,20 +280,27 @@ def _readouts(run_, folder):
     """The names of a run's readouts, None where one network votes."""
     if not run_.readouts:
         return None
-    header = load_checkpoint(pathlib.Path(folder) / f"{run_.model}.safetensors")[1]
+    path = pathlib.Path(folder) / f"{run_.model}.safetensors"
+    header = {} if run_.model in ENSEMBLES else load_checkpoint(path)[1]
     return tuple(expand_readouts(run_.readouts, header))
 
 
-def _network(run_, folder, data_path):
+def network_of(run_, folder=DATA / "models", data_path=None):
     """The network of a run: as it was trained, or its 8-bit version, which is made once."""
     if run_.engine["dtype"] != "int8":
         return model(run_.model, folder)
-    path = pathlib.Path(folder) / f"{run_.model}.int8.safetensors"
+    if run_.model in ENSEMBLES:
+        return Ensemble([_quantized(name, folder, data_path) for name in ENSEMBLES[run_.model]])
+    return _quantized(run_.model, folder, data_path)
+
+
+def _quantized(name, folder, data_path):
+    path = pathlib.Path(folder) / f"{name}.int8.safetensors"
     if not path.exists():
-        recipe = MODELS[run_.model]
-        header = {"name": run_.model, "architecture": recipe.architecture, "data": recipe.data}
+        recipe = MODELS[name]
+        header = {"name": name, "architecture": recipe.architecture, "data": recipe.data}
         noise = restore_noise(recipe.noise)
-        quantize_network(path, model(run_.model, folder), header, noise, data_path)
+        quantize_network(path, model(name, folder), header, noise, data_path)
     return load_checkpoint(path)[0]
 
 
@@ -303,12 +320,13 @@ def _counted(job, n):
 def expand_readouts(text, header):
     """The names of the readouts of an ensemble that a table's text stands for.
 
-    "member:*" is each member, "seeds:0-4" the soft vote of the members of these seeds, and
-    "weighted:0-9" gets the weights that the checkpoint's header holds.
+    "member:*" is each member, "seeds:0-4" the soft vote of the members of these seeds,
+    "subsets:0-4" that of every subset of these members, and "weighted:0-9" without weights gets
+    those that the checkpoint's header holds.
 
     - text: names with spaces between them. header: of the ensemble's checkpoint.
     """
-    seeds, names = [member["seed"] for member in header["members"]], []
+    seeds, names = [member["seed"] for member in header.get("members", [])], []
     for name in text.split():
         kind, members = name.split(":", 1)
         if members == "*":
@@ -316,7 +334,11 @@ def expand_readouts(text, header):
         elif kind == "seeds":
             chosen = readout(f"soft:{members}").members
             names.append(Readout(sorted(seeds.index(seed) for seed in chosen)).name)
-        elif kind == "weighted":
+        elif kind == "subsets":
+            every = readout(f"soft:{members}").members
+            for size in range(1, len(every) + 1):
+                names += [Readout(part).name for part in itertools.combinations(every, size)]
+        elif kind == "weighted" and ":" not in members:
             weights = ",".join(map(str, header["best_weights"]))
             names.append(readout(f"{name}:{weights}").name)
         else:
@@ -325,23 +347,22 @@ def expand_readouts(text, header):
 
 
 def moments(name, folder=DATA / "records"):
-    """Moments of networks' logits by name (a key of MOMENTS), loaded from data/records."""
-    check_choice(MOMENTS, moments=name)
+    """Moments of the logits of an ensemble's networks, loaded from data/records."""
+    check_choice(ENSEMBLES, moments=name)
     return load_moments(pathlib.Path(folder) / f"{name}.moments.safetensors")
 
 
 def measure(name, folder=DATA / "records", data_path=None, draws=1000):
-    """Measure what `moments` reads, and the record NAME of readouts on the same noisy copies.
+    """Measure what `moments` reads, on 100 test images at equal strides, and store it.
 
-    100 test images at equal strides, under the noise that the networks were trained for. Members
-    are numbered as in MOMENTS.
+    The noise is that which the first network was trained for.
     """
-    check_choice(MOMENTS, moments=name)
-    networks, recipe = [model(member) for member in MOMENTS[name]], MODELS[MOMENTS[name][0]]
+    check_choice(ENSEMBLES, moments=name)
+    networks, recipe = [model(member) for member in ENSEMBLES[name]], recipe_of(name)
     x, y = load(recipe.data, "test", path=data_path)
     index, noise = np.arange(0, len(x), len(x) // 100), restore_noise(recipe.noise)
     header = {
-        "model": MOMENTS[name],
+        "model": ENSEMBLES[name],
         "model_sha256": [model_hash(network) for network in networks],
         "data": recipe.data,
         "split": "test",
@@ -349,35 +370,8 @@ def measure(name, folder=DATA / "records", data_path=None, draws=1000):
         "dtype": "float32",
     }
     labels = y.numpy()[index]
-    found, logits = measure_moments(networks, x[index], labels, noise, draws, index, header)
+    found = measure_moments(networks, x[index], labels, noise, draws, index, header)
     save_moments(pathlib.Path(folder) / f"{name}.moments.safetensors", found)
-    names = subset_readouts(networks, noise, x, y.numpy())
-    counts, evaluations = count_readouts(logits, names)
-    header = found.header | {
-        "readouts": names,
-        "evaluations": evaluations.tolist(),
-        "sampler": RecordVotes(draws).describe(),
-        "fixed_draws": True,
-    }
-    save_counts(pathlib.Path(folder) / f"{name}.npz", counts, index, labels, **header)
-
-
-def subset_readouts(networks, noise, x, y):
-    """The readouts of networks, the best of them first, for a small ensemble.
-
-    Every subset by soft vote; the votes of table 10 of Horvath et al. 2022 on all, the weights
-    fitted on 5 noisy copies of each of the images 1, 21, ... of x; K-consensus.
-    """
-    weights = fit_weights(networks, x[1::20], y[1::20], noise, draws=5)
-    every = range(len(networks))
-    subsets = [part for k in every for part in itertools.combinations(every, k + 1)]
-    items = [
-        *(Readout(part) for part in subsets),
-        *(Readout(every, vote) for vote in ("hard", "softmax")),
-        Readout(every, "weighted", weights=[round(weight, 4) for weight in weights]),
-        *(Readout(every, consensus=consensus) for consensus in (2, 3)),
-    ]
-    return [item.name for item in items]
 
 
 def siblings(name):
@@ -411,7 +405,11 @@ def cifar10(data_path, out=DATA):
         if recipe.data == "cifar10" and recipe.loss["name"] == "gaussian"
     }
     models, records = pathlib.Path(out) / "models", pathlib.Path(out) / "records"
-    runs = {records / f"{name}.npz": r for name, r in RUNS.items() if r.model in recipes}
+    runs = {
+        records / f"{name}.npz": run_
+        for name, run_ in RUNS.items()
+        if set(ENSEMBLES.get(run_.model, [run_.model])) <= set(recipes)
+    }
     images = content_hash(load("cifar10", "test", path=data_path)[0])
     for path in filter(pathlib.Path.exists, runs):
         if load_counts(path).header["data_sha256"] != images:
@@ -532,12 +530,12 @@ def main(what, *arguments):
     elif what == "records" and len(arguments) < 2:
         for name, run_ in RUNS.items():
             wanted = fnmatch.fnmatch(name, arguments[0] if arguments else "*")
-            if MODELS[run_.model].data == "digits" and wanted:
+            if recipe_of(run_.model).data == "digits" and wanted:
                 path = DATA / "records" / f"{name}.npz"
                 path.unlink(missing_ok=True)
                 count(run_, path)
     elif what == "moments" and len(arguments) in (1, 2):
-        for name in MOMENTS:
+        for name in filter(lambda name: recipe_of(name).data == "cifar10", ENSEMBLES):
             measure(name, *arguments[1:] or [DATA / "records"], data_path=arguments[0])
     elif what == "cifar10" and len(arguments) in (1, 2):
         try:

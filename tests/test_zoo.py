@@ -18,6 +18,7 @@ from lib.store.records import load_counts
 from lib.train import Recipe, Schedule
 
 NAME = "digits-cnn-sigma0.25-n1000"
+RECORDS = zoo.DATA / "records"
 DIGITS = [name for name, recipe in zoo.MODELS.items() if recipe.data == "digits"]
 
 
@@ -36,15 +37,13 @@ def test_records_belong_to_the_committed_networks(name):
     if not path.exists():  # planned, and not counted yet: README's table does not list it
         return
     record = zoo.record(name)
-    end = ".int8" if run.engine["dtype"] == "int8" else ""
-    network, _ = load_checkpoint(zoo.DATA / "models" / f"{run.model}{end}.safetensors")
-    assert record.header["model_sha256"] == model_hash(network)
+    assert record.header["model_sha256"] == model_hash(zoo.network_of(run))
     assert record.header["fixed_draws"] is True
     assert record.header["sampler"] == {"name": "record", "n": record.draws}
     # A CIFAR-10 record may be unfinished; it is never longer than planned.
     assert record.draws == run.n or (run.stride == 20 and 1000 < record.draws < run.n)
     assert record.header["seed"] == run.seed
-    data = zoo.MODELS[run.model].data
+    data = zoo.recipe_of(run.model).data
     labels = load(data, "test")[1].numpy() if data == "digits" else np.zeros(10_000)
     assert record.index.tolist() == list(range(0, len(labels), run.stride))
     if data == "digits":
@@ -59,7 +58,7 @@ def test_the_tables_of_the_readmes_are_not_stale(folder, table):
     text = (zoo.DATA / folder / "README.md").read_text()
     assert zoo.with_table(text, table()) == text
     names = {path.stem for path in (zoo.DATA / folder).glob("*.[ns]*") if path.suffix != ".tsv"}
-    measured = {*zoo.MOMENTS, *(f"{name}.moments" for name in zoo.MOMENTS)}
+    measured = {f"{name}.moments" for name in zoo.ENSEMBLES}
     names = {name.removesuffix(".int8") for name in names}  # quantised, beside the original
     assert names <= {*zoo.MODELS, *zoo.RUNS, *measured}
 
@@ -312,6 +311,34 @@ def test_readouts_of_a_table_are_expanded():
         *("member:0", "member:1", "member:2"),
         *("soft:0-1", "weighted:0-2:0.5,0.25,0.25", "consensus2:0-2"),
     ]
+    found = zoo.expand_readouts("subsets:0-2 weighted:0-1:0.7,0.3", {})
+    assert found == [
+        *("member:0", "member:1", "member:2", "soft:0-1", "soft:0,2", "soft:1-2", "soft:0-2"),
+        "weighted:0-1:0.7,0.3",
+    ]
+
+
+def test_committed_networks_vote_together(tmp_path, monkeypatch):
+    """A record of an ensemble of the table: each member's votes are those of its own record."""
+    names = ("digits-cnn-sigma0.25", "digits-cnn-sigma0.50")
+    monkeypatch.setitem(zoo.ENSEMBLES, "two", names)
+    run = dataclasses.replace(zoo.RUNS[NAME], model="two", readouts="subsets:0-1")
+    some = np.array([3, 77])
+    record = zoo.count(run, tmp_path / "two.npz", n=300, index=some)
+    assert record.header["model"] == "two"
+    for i, name in enumerate(names):
+        alone = zoo.count(dataclasses.replace(run, model=name, readouts=""), n=300, index=some)
+        np.testing.assert_array_equal(record.readout(f"member:{i}").counts, alone.counts)
+    members = zoo.model("two").members
+    assert [model_hash(m) for m in members] == [model_hash(zoo.model(name)) for name in names]
+
+
+def test_an_ensemble_of_the_table_has_networks_of_the_table(tmp_path):
+    (tmp_path / "t.toml").write_text(
+        'model = []\nrecord = []\n[ensembles]\npair = "nowhere-seed0"\n'
+    )
+    with pytest.raises(ValueError, match="a member of pair must be one of"):
+        zoo.read_table(tmp_path / "t.toml")
 
 
 def test_an_ensemble_is_trained_member_by_member(tmp_path):
@@ -344,8 +371,7 @@ def test_an_ensemble_is_trained_member_by_member(tmp_path):
 def test_moments_are_stored_and_read(tmp_path, monkeypatch):
     """Of two digits networks: what is read is what their logits on the same noise give."""
     names = ("digits-cnn-sigma0.25", "digits-cnn-sigma0.50")
-    monkeypatch.setitem(zoo.MOMENTS, "two", names)
-    monkeypatch.setattr(zoo, "subset_readouts", lambda *given: ["soft:0-1", "consensus1:0-1"])
+    monkeypatch.setitem(zoo.ENSEMBLES, "two", names)
     zoo.measure("two", tmp_path, draws=60)
     found = zoo.moments("two", tmp_path)
     x, y = load("digits", "test")
@@ -368,22 +394,18 @@ def test_moments_are_stored_and_read(tmp_path, monkeypatch):
         expected = np.stack([np.bincount(row, minlength=10) for row in classes])
         np.testing.assert_array_equal(found.votes[number, first], expected)
     assert found.effects["clean"].sum() <= noisy.size
-    record = zoo.record("two", folder=tmp_path)
-    assert record.draws == 60
-    np.testing.assert_array_equal(record.readout("soft:0-1").counts, found.votes[1, 0])
-    np.testing.assert_array_equal(record.readout("consensus1:0-1").counts, found.votes[0, 0])
-    assert record.readout("consensus1:0-1").header["evaluations"] == [60] * 120
     assert found.header["model_sha256"] == [model_hash(network) for network in networks]
 
 
-@pytest.mark.parametrize("name", zoo.MOMENTS)
+@pytest.mark.parametrize(
+    "name", [path.name.split(".moments")[0] for path in RECORDS.glob("*.moments.safetensors")]
+)
 def test_committed_moments_are_of_the_committed_networks(name):
     found = zoo.moments(name)
-    hashes = [model_hash(zoo.model(member)) for member in zoo.MOMENTS[name]]
+    hashes = [model_hash(zoo.model(member)) for member in zoo.ENSEMBLES[name]]
     assert found.header["model_sha256"] == hashes
     assert found.logits.covariance.shape == (100, 5, 10, 5, 10)
     assert (found.votes.sum(axis=-1) == found.header["draws"]).all()
-    assert zoo.record(name).header["model_sha256"] == hashes
     # Correlations lie in [-1, 1], and the stored triangle is that of one symmetric matrix.
     joint = found.logits.covariance.reshape(100, 50, 50)
     deviation = np.sqrt(np.einsum("bii->bi", joint))

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 
 from lib.checks import check_draws
-from lib.engine.readouts import readout
-from lib.ensemble import combine, combine_consensus, noisy_logits
+from lib.ensemble import noisy_logits
 from lib.store.checkpoints import read_checkpoint, write_checkpoint
 from lib.theory import LogitMoments, logit_moments, normalised_effects
 
@@ -39,7 +38,7 @@ class Moments:
 
 
 def measure_moments(networks, x, y, noise, draws, index, header):
-    """Measure Moments on images x [B, ...] with labels y: (Moments, logits [B, draws, k, C]).
+    """Measure Moments on images x [B, ...] with labels y.
 
     - draws: noisy copies of each image, the same for all networks; their stream is that of
       lib.ensemble.noisy_logits at seed 0 and `index` int [B].
@@ -50,7 +49,7 @@ def measure_moments(networks, x, y, noise, draws, index, header):
     with torch.no_grad():
         clean = torch.stack([network(x) for network in networks], dim=1).numpy()
     facts = header | {"noise": noise.describe(), "seed": 0, "draws": draws}
-    return _summary(clean, perturbed, np.asarray(index), np.asarray(y), facts), perturbed
+    return _summary(clean, perturbed, np.asarray(index), np.asarray(y), facts)
 
 
 def _summary(clean, perturbed, index, labels, header):
@@ -107,27 +106,3 @@ def load_moments(path):
     index, labels, votes = (part[name].astype(np.int64) for name in ("index", "labels", "votes"))
     effects = {kind: part[f"effects_{kind}"].astype(np.int64) for kind in ("clean", "mean")}
     return Moments(logits, index, labels, effects, votes, file.header)
-
-
-def count_readouts(logits, names):
-    """Votes of readouts on given logits: (counts int64 [R, B, C], evaluations int64 [R, B]).
-
-    - logits: float32 [B, draws, k, C], as of measure_moments. names: of lib.engine.readouts.
-
-    The evaluations are the forward passes of members that each readout would have cost alone.
-    """
-    size, draws, _, classes = logits.shape
-    counts = np.zeros((len(names), size, classes), dtype=np.int64)
-    evaluations = np.zeros((len(names), size), dtype=np.int64)
-    for r, item in enumerate(map(readout, names)):
-        k = len(item.members)
-        own = torch.from_numpy(logits[:, :, list(item.members)]).permute(2, 0, 1, 3)
-        evaluations[r] = k * draws
-        if item.consensus is None:
-            scores = combine(own, item.vote, item.weights)
-        else:
-            scores, agreed = combine_consensus(own, item.consensus, item.vote, item.weights)
-            evaluations[r] -= (k - item.consensus) * agreed.sum(dim=1).numpy()
-        votes = scores.argmax(dim=-1).numpy()
-        counts[r] = (votes[..., None] == np.arange(classes)).sum(axis=1)
-    return counts, evaluations
