@@ -131,7 +131,7 @@ def save(fig, name, data, caption=""):
         display(Markdown(f"*{caption}*"))
 
 
-def table(frame, name, caption="", digits=3, bold=None):
+def table(frame, name, caption="", digits=3, bold=None, against=None):
     """Write NAME.csv (eight digits) and show the table, a dash where there is no number.
 
     - frame: DataFrame; index levels that have names become columns.
@@ -139,17 +139,21 @@ def table(frame, name, caption="", digits=3, bold=None):
     - caption: what the table holds; it is numbered.
     - digits: decimals of the floats that are shown.
     - bold: columns whose largest value is set bold.
+    - against: DataFrame of the same rows and some of the columns, such as a paper's values; they
+      are shown in brackets behind the own ones, and written as columns "NAME, published".
     """
     if any(frame.index.names):
         frame = frame.reset_index()
-    _write_csv(frame, _folder() / f"{name}.csv")
+    published = pd.DataFrame(index=frame.index) if against is None else against
+    _write_csv(frame.join(published.add_suffix(", published")), _folder() / f"{name}.csv")
     shown = frame.copy().astype(object)
     for column in frame:
         cells = frame[column]
-        shown[column] = [
-            "–" if pd.isna(v) else f"{v:.{digits}f}" if isinstance(v, float) else str(v)
-            for v in cells
-        ]
+        shown[column] = [_shown_as(value, digits) for value in cells]
+        if column in published:
+            theirs = [_shown_as(value, digits) for value in published[column]]
+            pairs = zip(shown[column], theirs, strict=True)
+            shown[column] = [own if own == his == "–" else f"{own} ({his})" for own, his in pairs]
         if column in (bold or []):
             shown.loc[(cells == cells.max()).to_numpy(), column] = shown[column].map(
                 "**{}**".format
@@ -157,6 +161,13 @@ def table(frame, name, caption="", digits=3, bold=None):
     text = markdown(shown)
     caption = _numbered("Table", name, caption)
     display(Markdown(f"*{caption}*\n\n{text}" if caption else text))
+
+
+def _shown_as(value, digits):
+    if pd.isna(value):
+        return "–"
+    # Plus zero: what rounds to zero from below is shown without a sign.
+    return f"{round(value, digits) + 0.0:.{digits}f}" if isinstance(value, float) else str(value)
 
 
 def markdown(cells):

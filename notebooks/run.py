@@ -98,7 +98,7 @@ def _from_figures(link):
     target = link[1]
     name, _, anchor = target.partition("#")
     if re.match(r"\d\d_\w+\.ipynb$", name):
-        target = f"../{name.removesuffix('.ipynb')}/README.md"
+        target = f"../{name.removesuffix('.ipynb')}/README.md" + (anchor and f"#{anchor}")
     elif name.startswith("../figures/"):
         target = "../" + name.removeprefix("../figures/")
     elif anchor and name.endswith(".py"):

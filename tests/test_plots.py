@@ -65,6 +65,23 @@ def test_a_table_shows_rounded_numbers_and_keeps_full_ones(tmp_path, shown):
     ]  # fmt: skip
 
 
+def test_a_table_beside_published_values_shows_and_keeps_both(tmp_path, shown):
+    ours = pd.DataFrame({"method": ["A", "B"], "ACR": [0.51249, np.nan], "draws": [100, 200]})
+    paper = pd.DataFrame({"ACR": [0.5, np.nan], "draws": [99, 201]})
+    plots.table(ours, "nb/t", against=paper)
+    assert "| A | 0.512 (0.500) | 100 (99) |" in shown[0][0].data
+    assert "| B | – | 200 (201) |" in shown[0][0].data
+    written = pd.read_csv(tmp_path / "nb/t.csv")
+    assert written["ACR, published"][0] == 0.5
+    assert written.draws.tolist() == [100, 200]
+    assert written["draws, published"].tolist() == [99, 201]
+
+
+def test_a_difference_that_rounds_to_zero_has_no_sign(shown):
+    plots.table(pd.DataFrame({"difference": [-0.0004, -0.0006, 0.0]}), "nb/t")
+    assert shown[0][0].data.splitlines()[2:] == ["| 0.000 |", "| -0.001 |", "| 0.000 |"]
+
+
 def test_figures_and_tables_of_a_chapter_are_numbered_in_order(tmp_path, shown, monkeypatch):
     monkeypatch.setattr(plots, "_shown", {"Figure": [], "Table": []})
     frame = pd.DataFrame({"n": [1]})
