@@ -61,7 +61,7 @@ class GaussianLoss:
         return self.m
 
     def __call__(self, model, x, y, noise, generator):
-        logits = _logits(model, _noisy(x, noise, generator, self.m), self.m)
+        logits = _noisy_logits(model, x, noise, generator, self.m)
         return _cross_entropy(logits, y, self.smoothing).mean()
 
 
@@ -91,7 +91,7 @@ class StabilityLoss:
     def __call__(self, model, x, y, noise, generator):
         # Two passes: batch norms see clean and noisy images apart, as in the published code.
         clean = _logits(model, x, 1)[:, 0]
-        noisy = _logits(model, _noisy(x, noise, generator, 1), 1)[:, 0]
+        noisy = _noisy_logits(model, x, noise, generator, 1)[:, 0]
         stability = functional.cross_entropy(noisy, clean.softmax(dim=1))
         return functional.cross_entropy(clean, y) + self.lbd * stability
 
@@ -142,7 +142,7 @@ class MacerLoss:
     def __call__(self, model, x, y, noise, generator):
         if noise.norm != "l2":
             raise ValueError(f"noise must be Gaussian for MACER's l2 radius; got {noise}")
-        logits = _logits(model, _noisy(x, noise, generator, self.k), self.k)
+        logits = _noisy_logits(model, x, noise, generator, self.k)
         loss = functional.nll_loss(_log_mean_softmax(logits), y)
         if self.lbd:
             sigma = torch.as_tensor(noise.sigma, dtype=logits.dtype, device=logits.device)
@@ -189,7 +189,7 @@ class ConsistencyLoss:
         return self.m
 
     def __call__(self, model, x, y, noise, generator):
-        logits = _logits(model, _noisy(x, noise, generator, self.m), self.m)
+        logits = _noisy_logits(model, x, noise, generator, self.m)
         return (_cross_entropy(logits, y) + _consistency(logits, self.lbd, self.eta)).mean()
 
 
@@ -402,6 +402,11 @@ def _logits(model, images, m):
         noises = images.unflatten(0, (-1, m)).unbind(dim=1)
         logits = torch.stack([model(x.contiguous(memory_format=layout)) for x in noises], dim=1)
     return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _noisy_logits(model, x, noise, generator, m):
+    """Logits [B, m, classes] of m fresh noisy copies of each image."""
+    return _logits(model, _noisy(x, noise, generator, m), m)
 
 
 def _log_mean_softmax(logits):

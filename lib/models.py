@@ -105,12 +105,13 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean(dim=(2, 3)))
 
 
-def build(architecture, data):
+def build(architecture, data, classes=None):
     """A new classifier: Normalize with the data set's constants, then the network.
 
     - architecture: "mlp", "small_cnn", "cifar_resnet20" or "cifar_resnet110" (272,474 and 1,730,714
       parameters for 10 classes), or torchvision's "resnet18" or "resnet50" (for 224x224 pixels).
     - data: name of a data set (lib.data.INFO).
+    - classes: of the network's answers; None: the data set's.
 
     Returns an nn.Sequential of two. Raises ValueError naming architecture or data.
     """
@@ -118,7 +119,8 @@ def build(architecture, data):
     check_choice(ARCHITECTURES, architecture=architecture)
     info = INFO[data]
     return nn.Sequential(
-        Normalize(info.mean, info.std), ARCHITECTURES[architecture](info.shape, info.classes)
+        Normalize(info.mean, info.std),
+        ARCHITECTURES[architecture](info.shape, classes or info.classes),
     )
 
 
@@ -187,7 +189,8 @@ def ensemble_header(ensemble, headers):
 def _build_from(header):
     """The network of a checkpoint of ours, with fresh weights."""
     if header["architecture"] != "ensemble":
-        return build(header["architecture"], header["data"])
+        classes = len(header.get("experts", "").split()) or None  # of a router (lib.train.Recipe)
+        return build(header["architecture"], header["data"], classes)
     members = [_build_from(member) for member in header["members"]]
     return Ensemble(members, header["vote"], header["weights"], header["consensus"])
 

@@ -31,6 +31,7 @@ from lib.data import content_hash
 from lib.engine.admission import copy_with_shared_weights, logits_of
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import cores
+from lib.engine.live import ModelCounts
 from lib.models import model_hash
 from lib.noise import PURPOSES, Gaussian
 from lib.store.records import load_arrays, save_arrays
@@ -414,6 +415,27 @@ def nearest_distances(x):
         for rows in flat.split(64)
     ]
     return torch.cat(nearest).fill_diagonal_(torch.inf).amin(dim=1).numpy()
+
+
+def best_expert(networks, noises, x, y, draws=100, seed=0):
+    """Which classifier has the largest estimated radius at each image: labels of a router.
+
+    The radius of the share of votes for the right class, kept within [1/draws, 1 - 1/draws].
+    For training the router of `certify_dual`; proves nothing.
+
+    - networks: nn.Modules. noises: the smoothing distribution of each.
+    - x: float32 images [B, channels, height, width] in [0, 1]. y: int64 labels [B].
+    - draws: votes of each at each image. seed: of the noise.
+
+    Returns int64 [B], numbers of networks; the first of several equal ones.
+    """
+    radii = []
+    for network, noise in zip(networks, noises, strict=True):
+        base = BaseClassifier(network, x.shape[1:], compile=False)
+        votes = votes_for(y.numpy(), ModelCounts(base, x, noise, seed=seed).draw(draws))
+        share = np.clip(votes / draws, 1 / draws, 1 - 1 / draws)
+        radii.append(noise.radius(share))
+    return torch.as_tensor(np.argmax(radii, axis=0))
 
 
 def certify_dual(router, router_noise, counts, noises, n0, n, alpha, share=0.5):

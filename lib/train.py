@@ -33,8 +33,8 @@ from lib.engine.live import ModelCounts
 from lib.ensemble import Ensemble, fit_weights, order_by_accuracy
 from lib.losses import LOSSES
 from lib.models import build, ensemble_header, load_checkpoint, model_hash, save_checkpoint
-from lib.noise import restore_noise
-from lib.sigma import Objective, carry
+from lib.noise import Gaussian, restore_noise
+from lib.sigma import Objective, best_expert, carry
 from lib.store.files import sha256, write_atomically
 from lib.store.registry import option
 
@@ -62,13 +62,15 @@ class Schedule:
         None, "Each image has its own sigma, moved so many steps an epoch (lib.sigma.carry)."
     )
     sigma_lr: float | None = option(None, "Size of these steps, 1e-4 unless given.")
+    sigma_copies: int | None = option(None, "Noisy copies of each of these steps, 1 unless given.")
 
     def __post_init__(self):
         check_draws(epochs=self.epochs, batch=self.batch)
         check_seed(self.seed)
         check_choice(DTYPES, dtype=self.dtype)
-        if self.sigma_steps is not None:
-            check_draws(sigma_steps=self.sigma_steps)
+        for name in ("sigma_steps", "sigma_copies"):
+            if getattr(self, name) is not None:
+                check_draws(**{name: getattr(self, name)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,6 +82,9 @@ class Recipe:
     - loss: description of the training loss (lib.losses).
     - threads: of torch; split sums round differently, so another number gives other weights.
     - members: above 1 an ensemble of so many networks, of the seeds seed, seed + 1, ...
+    - experts: names of networks, with spaces between them, stored beside it, of one noise each:
+      this one is then the router of dual smoothing among them, trained on the labels of
+      `lib.sigma.best_expert`.
     """
 
     architecture: str
@@ -89,12 +94,15 @@ class Recipe:
     schedule: Schedule = dataclasses.field(default_factory=Schedule)
     threads: int | None = None
     members: int = 1
+    experts: str = ""
 
     def header(self):
         """The recipe as a flat dict of plain values, for a checkpoint."""
         parts = dataclasses.asdict(self)
         if self.members == 1:
             del parts["members"]
+        if not self.experts:
+            del parts["experts"]
         return parts.pop("schedule") | parts
 
 
@@ -251,6 +259,7 @@ class _Loop:
                 generator,
                 schedule.sigma_steps,
                 schedule.sigma_lr or 1e-4,
+                schedule.sigma_copies or 1,
                 objective=Objective(noise=type(self.noise)),
             ).cpu()
         return type(self.noise)(self.levels[rows].double().numpy())
@@ -421,7 +430,9 @@ def train(recipe, path, data_path=None, device=None, half=True, say=None):
     if header.get("epoch") == recipe.schedule.epochs and not state.exists():
         return header
     torch.manual_seed(recipe.schedule.seed)
-    network = build(recipe.architecture, recipe.data)
+    network = build(recipe.architecture, recipe.data, len(recipe.experts.split()) or None)
+    if recipe.experts:
+        y, test = _routes(recipe, path.parent, x, y), (test[0], _routes(recipe, path.parent, *test))
     begin, epochs = time.perf_counter(), recipe.schedule.epochs
     rows = pd.read_csv(table).to_dict("records") if table.exists() else []
     first = []
@@ -457,6 +468,21 @@ def train(recipe, path, data_path=None, device=None, half=True, say=None):
             after_epoch(network, history)
     state.unlink(missing_ok=True)
     return load_checkpoint(path)[1]
+
+
+def _routes(recipe, folder, x, y):
+    """The labels of a router: which of the recipe's experts has the largest radius at each image.
+
+    Its own draws choose them, of another seed than any record's.
+    """
+    files = [load_checkpoint(folder / f"{name}.safetensors") for name in recipe.experts.split()]
+    noises = [_trained_for(header) for _, header in files]
+    return best_expert([network for network, _ in files], noises, x, y, seed=9)
+
+
+def _trained_for(header):
+    """The noise of a checkpoint; the first ones here, and published ones, only say a sigma."""
+    return restore_noise(header["noise"]) if "noise" in header else Gaussian(header["sigma"])
 
 
 def _train_ensemble(recipe, path, data_path, device, half, say):

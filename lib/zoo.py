@@ -24,7 +24,7 @@ from lib.ensemble import Ensemble
 from lib.models import load_checkpoint, model_hash
 from lib.noise import restore_noise
 from lib.samplers import RecordVotes
-from lib.sigma import load_sigma, search
+from lib.sigma import Ascent, load_sigma, search
 from lib.store.files import sha256
 from lib.store.logs import read_log
 from lib.store.published import read_published
@@ -50,7 +50,7 @@ class Run:
     - readouts: of an ensemble, names of lib.engine.readouts with spaces between them, as
       `expand_readouts` reads them: its networks are counted in one pass.
     - of, steps: where steps > 0, each image has the level that algorithm 1 finds in so many steps
-      from the noise of the run `of` (`sigma`).
+      from the noise of the run `of` (`sigma`), on so many noisy copies a step (`copies`).
     """
 
     model: str
@@ -62,6 +62,7 @@ class Run:
     readouts: str = ""
     of: str = ""
     steps: int = 0
+    copies: int = 1
 
 
 def expand(entry):
@@ -207,22 +208,30 @@ def record(name, n=None, index=None, folder=DATA / "records"):
     return count(RUNS[name], path)
 
 
+def committed(name, folder=DATA / "records"):
+    """Whether a record of the table is there, so that a table can show it without counting."""
+    check_choice(RUNS, record=name)
+    return (pathlib.Path(folder) / f"{name}.npz").exists()
+
+
 def noise_of(run_):
     """The description of the noise that a run's votes are drawn under."""
     if not run_.steps:
         return run_.noise
-    levels = sigma(run_.of).at(run_.steps).tolist()
+    levels = sigma(run_.of, copies=run_.copies).at(run_.steps).tolist()
     return {key: value if key == "name" else levels for key, value in run_.noise.items()}
 
 
 @functools.cache
-def sigma(name, data_path=None, folder=DATA / "sigmas", models=DATA / "models"):
+def sigma(name, data_path=None, folder=DATA / "sigmas", models=DATA / "models", copies=1):
     """The levels that algorithm 1 finds from the noise of a run: loaded, or computed and stored.
 
-    Its usual options: 900 steps of 1e-4, one noisy copy each. Returns a lib.sigma.SigmaPath.
+    900 steps of 1e-4, each on so many noisy copies; above 1 of them the file is NAME-nCOPIES.npz.
+    Returns a lib.sigma.SigmaPath.
     """
     check_choice(RUNS, name=name)
-    run_, path = RUNS[name], pathlib.Path(folder) / f"{name}.npz"
+    run_, end = RUNS[name], f"-n{copies}" if copies > 1 else ""
+    path = pathlib.Path(folder) / f"{name}{end}.npz"
     if path.exists():
         return load_sigma(path, model=run_.model)
     recipe = recipe_of(run_.model)
@@ -232,7 +241,16 @@ def sigma(name, data_path=None, folder=DATA / "sigmas", models=DATA / "models"):
     settings, network = {"data": recipe.data, "split": "test"}, model(run_.model, models)
     kind = type(restore_noise(run_.noise))
     found = search(
-        network, run_.model, images, index, start, None, kind, run_.seed, settings, run_.engine
+        network,
+        run_.model,
+        images,
+        index,
+        start,
+        Ascent(n=copies),
+        kind,
+        run_.seed,
+        settings,
+        run_.engine,
     )
     found.save(path)
     return load_sigma(path)

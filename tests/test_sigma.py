@@ -20,6 +20,7 @@ from lib.engine.classifier import BaseClassifier
 from lib.noise import Gaussian, Uniform
 from lib.sigma import (
     Objective,
+    best_expert,
     certify_dual,
     climb,
     grid_search_sigma,
@@ -401,6 +402,28 @@ def test_certify_refuses_a_sigma_file_of_another_network(sigma_file, tmp_path):
     result = CliRunner().invoke(cli.app, [*base, "--out", str(tmp_path / "log")])
     assert result.exit_code == 1
     assert "model_sha256 = " in result.stderr
+
+
+def test_the_best_expert_has_the_largest_radius_at_the_right_class():
+    """Bands whose probabilities are known: .23 against .53, 0 against 0, and .20 against 0."""
+    experts, noises = [Band(0.3), Band(0.6)], [Gaussian(0.1), Gaussian(0.25)]
+    x = torch.tensor([0.5, 0.5, 1.0]).view(3, 1, 1, 1)
+    chosen = best_expert(experts, noises, x, torch.tensor([0, 1, 1]), draws=1000)
+    assert chosen.tolist() == [1, 0, 0]
+    reversed_ = best_expert(experts[::-1], noises[::-1], x, torch.tensor([0, 1, 1]), draws=1000)
+    assert reversed_.tolist() == [0, 0, 1]
+
+
+def test_levels_found_on_eight_copies_are_another_path_of_the_zoo():
+    name = "digits-macer-sigma0.25-seed0"
+    found = zoo.sigma(name, copies=8)
+    assert (found.header["n"], found.header["sigma0"]) == (8, 0.25)
+    x, _ = load("digits", "test")
+    base = BaseClassifier(zoo.model(name), x.shape[1:], **zoo.ENGINES["digits"])
+    _, path = optimize_sigma(base, x[:10], 0.25, 100, n=8, return_path=True)
+    np.testing.assert_allclose(found.levels[:2, :10], path, atol=1e-5)
+    record = zoo.record(f"{name}-ds-n8-k100")
+    assert record.header["noise"]["sigma"] == found.at(100).tolist()
 
 
 def test_levels_and_votes_of_the_zoo():

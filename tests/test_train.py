@@ -4,12 +4,14 @@ runs that learn.
 
 import collections
 import copy
+import dataclasses
 
 import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
 
+from lib import train as training
 from lib.data import load
 from lib.losses import LOSSES, GaussianLoss
 from lib.models import build, model_hash
@@ -354,6 +356,22 @@ def test_each_images_sigma_is_carried_from_epoch_to_epoch(digits, noise):
     moves = [np.abs(epochs[e] - start).max() for e in (1, 2, 3)]
     assert 0 < moves[0] < moves[2] < 2 * 3 * 0.01 * 5
     assert len(np.unique(epochs[3])) > 100
+
+
+def test_levels_are_moved_on_as_many_copies_as_asked(digits, monkeypatch):
+    x, y = digits
+    asked, carry = [], training.carry
+
+    def spy(model, x, scale, generator, steps, lr, n, objective):
+        asked.append((steps, lr, n))
+        return carry(model, x, scale, generator, steps, lr, n, objective)
+
+    monkeypatch.setattr(training, "carry", spy)
+    schedule = dataclasses.replace(PER_INPUT, sigma_copies=3)
+    fit(network(), x[:64], y[:64], GaussianLoss(), NOISE, schedule, progress=False)
+    assert asked == [(2, 0.01, 3)] * 6  # two steps in each of three epochs
+    with pytest.raises(ValueError, match="sigma_copies"):
+        dataclasses.replace(PER_INPUT, sigma_copies=0)
 
 
 @pytest.mark.parametrize("name", LOSSES)

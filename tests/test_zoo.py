@@ -14,6 +14,7 @@ from lib.engine import jobs
 from lib.ensemble import noisy_logits
 from lib.models import load_checkpoint, model_hash
 from lib.noise import Gaussian
+from lib.sigma import best_expert
 from lib.store.records import load_counts
 from lib.train import Recipe, Schedule
 
@@ -112,6 +113,34 @@ def test_a_record_of_some_images_holds_their_votes_and_labels(tmp_path):
     np.testing.assert_array_equal(stored.labels, load("digits", "test")[1][some])
     np.testing.assert_array_equal(whole.labels, load("digits", "test")[1][:134])
     assert [path.name for path in tmp_path.iterdir()] == ["some.npz"]
+
+
+def test_a_router_is_trained_to_name_the_best_expert(tmp_path):
+    """As many answers as experts; its accuracy is that on the experts' labels."""
+    experts = ["digits-cnn-sigma0.12", "digits-cnn-sigma0.50"]
+    for name in experts:
+        file = f"{name}.safetensors"
+        (tmp_path / file).write_bytes((zoo.DATA / "models" / file).read_bytes())
+    noise = {"name": "Gaussian", "sigma": 0.5}
+    recipe = Recipe("small_cnn", "digits", noise, {"name": "gaussian"}, Schedule(epochs=2))
+    recipe = dataclasses.replace(recipe, experts=" ".join(experts), threads=1)
+    path = tmp_path / "router.safetensors"
+    header = training.train(recipe, path)
+    router, (x, y) = load_checkpoint(path)[0], load("digits", "test")
+    assert router(x[:5]).shape == (5, 2)
+    networks = [zoo.model(name) for name in experts]
+    wanted = best_expert(networks, [Gaussian(0.12), Gaussian(0.5)], x, y, seed=9)
+    again = training.noisy_accuracy(router, Gaussian(0.5), x, wanted)
+    assert header["noisy_accuracy"] == pytest.approx(again)
+    assert header["experts"] == recipe.experts
+    assert "experts" not in zoo.MODELS[experts[0]].header()
+
+
+def test_whether_a_record_is_committed(tmp_path):
+    assert zoo.committed(NAME)
+    assert not zoo.committed(NAME, tmp_path)
+    with pytest.raises(ValueError, match="record must be one of"):
+        zoo.committed("gone")
 
 
 def test_a_record_that_is_missing_is_counted(tmp_path, monkeypatch):
