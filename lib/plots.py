@@ -142,10 +142,10 @@ def table(frame, name, caption="", digits=3, bold=None, against=None):
     - against: DataFrame of the same rows and some of the columns, such as a paper's values; they
       are shown in brackets behind the own ones, and written as columns "NAME, published".
     """
-    if any(frame.index.names):
-        frame = frame.reset_index()
-    published = pd.DataFrame(index=frame.index) if against is None else against
-    _write_csv(frame.join(published.add_suffix(", published")), _folder() / f"{name}.csv")
+    frame = frame.reset_index(drop=not any(frame.index.names))
+    published = pd.DataFrame() if against is None else against.reset_index(drop=True)
+    beside = pd.concat([frame, published.add_suffix(", published")], axis=1)
+    _write_csv(beside, _folder() / f"{name}.csv")
     shown = frame.copy().astype(object)
     for column in frame:
         cells = frame[column]

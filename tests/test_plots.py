@@ -66,15 +66,24 @@ def test_a_table_shows_rounded_numbers_and_keeps_full_ones(tmp_path, shown):
 
 
 def test_a_table_beside_published_values_shows_and_keeps_both(tmp_path, shown):
+    # The labels of the rows say nothing: tables are often put together from parts.
     ours = pd.DataFrame({"method": ["A", "B"], "ACR": [0.51249, np.nan], "draws": [100, 200]})
+    ours.index = [0, 0]
     paper = pd.DataFrame({"ACR": [0.5, np.nan], "draws": [99, 201]})
     plots.table(ours, "nb/t", against=paper)
     assert "| A | 0.512 (0.500) | 100 (99) |" in shown[0][0].data
     assert "| B | – | 200 (201) |" in shown[0][0].data
     written = pd.read_csv(tmp_path / "nb/t.csv")
+    assert len(written) == 2
     assert written["ACR, published"][0] == 0.5
     assert written.draws.tolist() == [100, 200]
     assert written["draws, published"].tolist() == [99, 201]
+
+
+def test_a_table_of_parts_keeps_each_row_once(tmp_path, shown):
+    plots.table(pd.concat([pd.DataFrame({"n": [1, 2]}), pd.DataFrame({"n": [3]})]), "nb/t")
+    assert (tmp_path / "nb/t.csv").read_text() == "n\n1\n2\n3\n"
+    assert shown[0][0].data.splitlines()[2:] == ["| 1 |", "| 2 |", "| 3 |"]
 
 
 def test_a_difference_that_rounds_to_zero_has_no_sign(shown):
