@@ -298,8 +298,11 @@ def _readouts(run_, folder):
     """The names of a run's readouts, None where one network votes."""
     if not run_.readouts:
         return None
-    path = pathlib.Path(folder) / f"{run_.model}.safetensors"
-    header = {} if run_.model in ENSEMBLES else load_checkpoint(path)[1]
+    if run_.model in ENSEMBLES:
+        seeds = [MODELS[name].schedule.seed for name in ENSEMBLES[run_.model]]
+        header = {"members": [{"seed": seed} for seed in seeds]}
+    else:
+        header = load_checkpoint(pathlib.Path(folder) / f"{run_.model}.safetensors")[1]
     return tuple(expand_readouts(run_.readouts, header))
 
 
@@ -342,9 +345,9 @@ def expand_readouts(text, header):
     "subsets:0-4" that of every subset of these members, and "weighted:0-9" without weights gets
     those that the checkpoint's header holds.
 
-    - text: names with spaces between them. header: of the ensemble's checkpoint.
+    - text: names with spaces between them. header: of the ensemble's checkpoint, with its members.
     """
-    seeds, names = [member["seed"] for member in header.get("members", [])], []
+    seeds, names = [member["seed"] for member in header["members"]], []
     for name in text.split():
         kind, members = name.split(":", 1)
         if members == "*":

@@ -340,7 +340,7 @@ def test_readouts_of_a_table_are_expanded():
         *("member:0", "member:1", "member:2"),
         *("soft:0-1", "weighted:0-2:0.5,0.25,0.25", "consensus2:0-2"),
     ]
-    found = zoo.expand_readouts("subsets:0-2 weighted:0-1:0.7,0.3", {})
+    found = zoo.expand_readouts("subsets:0-2 weighted:0-1:0.7,0.3", header)
     assert found == [
         *("member:0", "member:1", "member:2", "soft:0-1", "soft:0,2", "soft:1-2", "soft:0-2"),
         "weighted:0-1:0.7,0.3",
@@ -351,7 +351,7 @@ def test_committed_networks_vote_together(tmp_path, monkeypatch):
     """A record of an ensemble of the table: each member's votes are those of its own record."""
     names = ("digits-cnn-sigma0.25", "digits-cnn-sigma0.50")
     monkeypatch.setitem(zoo.ENSEMBLES, "two", names)
-    run = dataclasses.replace(zoo.RUNS[NAME], model="two", readouts="subsets:0-1")
+    run = dataclasses.replace(zoo.RUNS[NAME], model="two", readouts="member:* soft:0-1")
     some = np.array([3, 77])
     record = zoo.count(run, tmp_path / "two.npz", n=300, index=some)
     assert record.header["model"] == "two"
