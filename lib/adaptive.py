@@ -15,7 +15,9 @@ from scipy.special import ndtr, ndtri
 from lib.boundaries import bonferroni, crossing, design, stopped
 from lib.bounds import clopper_pearson_lower
 from lib.certify import ABSTAIN, Certificates, votes_for
-from lib.checks import check_draws, check_labels, check_level, check_noise
+from lib.checks import check_choice, check_draws, check_labels, check_level, check_noise
+
+AIMS = ("acr", "radius")  # of the staircase: the mean radius of right images, or of all
 
 
 def last_stage_size(n, alpha, s):
@@ -371,21 +373,26 @@ def _follow_pair(counts, tests, alive, chosen):
 # ------------------------------------------------------------------ the largest radius
 
 
-def staircase(n, alpha, price=0.4, looks=12):
+def staircase(n, alpha, price=0.3, looks=40, aim="acr"):
     """The looks and gates of `certify_staircase`: int64 [m] and int64 [m - 1].
 
     Looks: geometric from n / 200 to n. Gate j is the smallest count k from which it pays to go on:
-    where, over the later looks i, the best of z(k n_i / n_j; n_i) - price (n_i - n_j) / n exceeds
-    z(k; n_j). That is the radius in units of sigma if the rate of hits stayed, less the price of
-    the draws.
-    z(k; n) = Phi^-1(clopper_pearson_lower(k, n, alpha)), at least 0.
+    where the best of w (z(k n_i / n_j; n_i) - z(k; n_j)) - price (n_i - n_j) / n over the later
+    looks i is above 0. That is the gain of radius in units of sigma if the rate of hits stayed,
+    less the price of the draws. z(k; n) = Phi^-1(clopper_pearson_lower(k, n, alpha)), at least 0.
+
+    - aim: "radius" for the mean radius of all images: w = 1. "acr" for that of the rightly
+      classified alone, with 0 for the others: w is the probability that the class is right, taken
+      as .4 + .15 Phi^-1(k / n_j), at most 1. This line fits a ResNet-110 on CIFAR-10 (all published
+      logs pooled: .38 at p = 1/2, .57 at .83, .77 at .985, .96 near 1).
     """
     check_draws(n=n, looks=looks)
     if np.ndim(n):
         raise ValueError(f"n must be one whole number, the draws of the last look; got {n!r}")
     check_level(alpha=alpha)
+    check_choice(AIMS, aim=aim)
     if not np.isscalar(price) or not 0 <= price < np.inf:
-        raise ValueError(f"price must be a finite price >= 0, such as 0.4; got {price!r}")
+        raise ValueError(f"price must be a finite price >= 0, such as 0.3; got {price!r}")
     sizes = np.unique(np.round(n / 200 ** (1 - np.arange(looks) / max(looks - 1, 1))).astype(int))
     sizes = sizes[sizes >= 1]
 
@@ -398,13 +405,15 @@ def staircase(n, alpha, price=0.4, looks=12):
         low, high = -1, size + 1  # stop at low, go on from high
         while high - low > 1:
             k = (low + high) // 2
-            go = z(k / size * later, later) - price * (later - size) / n
-            low, high = (low, k) if go.max() > z(k, size) else (k, high)
+            right = np.clip(0.4 + 0.15 * ndtri(k / size), 0, 1) if aim == "acr" else 1.0
+            gain = right * (z(k / size * later, later) - z(k, size))
+            go = (gain > price * (later - size) / n).any()
+            low, high = (low, k) if go else (k, high)
         gates[j] = high
     return sizes, gates
 
 
-def certify_staircase(counts, noise, n0, n, alpha, price=0.4, looks=12, prediction=None):
+def certify_staircase(counts, noise, n0, n, alpha, price=0.3, looks=40, aim="acr", prediction=None):
     """The largest radius, with few draws where more would hardly raise it: looks with gates.
 
     n0 draws choose the class; looks n_1 < ... < n_m = n and a gate for each but the last are fixed
@@ -427,14 +436,16 @@ def certify_staircase(counts, noise, n0, n, alpha, price=0.4, looks=12, predicti
     - n0: draws that choose the class. n: draws of the last look.
     - alpha: one-sided failure probability per example, in (0, 1).
     - price: price of n draws in units of radius / sigma: a larger one saves draws and loses radius.
-      It never touches the guarantee.
-    - looks: how many; 8 cost 1 - 2% more draws at equal radius, 16 save .5%.
+    - looks: how many. Images that are always hit all stop at one look, so that few looks leave few
+      choices of their draws: 12 looks take up to 4% more draws than 40 at equal ACR.
+    - aim: "acr" or "radius", what the gates save draws for (`staircase`). Price, looks and aim
+      never touch the guarantee.
     - prediction: int [B], classes chosen beforehand, independently of these draws; n0 must be 0.
 
     Returns Certificates of B examples. Raises ValueError naming the argument.
     """
     check_noise(counts, noise)
-    sizes, gates = staircase(n, alpha, price, looks)
+    sizes, gates = staircase(n, alpha, price, looks, aim)
     chosen = _choose(counts, n0, prediction)
     size = len(counts)
     hits, drawn = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)

@@ -19,6 +19,7 @@ import numpy as np
 from scipy.stats import binom
 
 from lib.adaptive import (
+    AIMS,
     certify_anytime,
     certify_at,
     certify_staircase,
@@ -271,21 +272,24 @@ class Anytime(Sampler):
 class Staircase(TwoStage):
     """The largest radius, with few draws where more would hardly raise it (certify_staircase)."""
 
-    price: float = option(0.4, "Of n draws, in radius / sigma: saves draws, costs radius.")
-    looks: int = option(12, "Looks at the votes.")
+    price: float = option(0.3, "Of n draws, in radius / sigma: saves draws, costs radius.")
+    looks: int = option(40, "Looks at the votes.")
+    aim: str = option("acr", "Save draws for the radius of right images, or of all.", AIMS)
 
     def __post_init__(self):
         super().__post_init__()
         check_draws(looks=self.looks)
 
+    shape = property(lambda self: (self.price, self.looks, self.aim))
+
     most = standard = property(lambda self: self.n0 + self.n)
 
     def __call__(self, counts, noise):
-        return certify_staircase(counts, noise, self.n0, self.n, self.alpha, self.price, self.looks)
+        return certify_staircase(counts, noise, self.n0, self.n, self.alpha, *self.shape)
 
     def failure(self, p, noise):
         """P(false certificate) for two classes, exactly."""
-        steps = staircase(self.n, self.alpha, self.price, self.looks)
+        steps = staircase(self.n, self.alpha, *self.shape)
         return sum(s * failure_staircase(*steps, self.alpha, q) for s, q in _chosen(self.n0, p))
 
 
