@@ -137,13 +137,15 @@ def test_fix_clears_outputs_and_links_the_chapters(tmp_path):
 
 def test_links_of_a_chapter_hold_in_the_rendered_book():
     source = (
-        "[a](01_theory.ipynb) [b](../lib/bounds.py#clopper_pearson_lower) [c](../README.md) "
+        "[a](01_theory.ipynb) [n](00_quickstart.ipynb#notation) "
+        "[b](../lib/bounds.py#clopper_pearson_lower) [c](../README.md) "
         "![d](../figures/01_theory/x.png) [e](https://arxiv.org/abs/1902.02918) [f](#here)"
     )
     lines = (ROOT / "lib/bounds.py").read_text().splitlines()
     at = next(i for i, line in enumerate(lines, 1) if line.startswith("def clopper_pearson_lower"))
     assert lint.LINK.sub(run._from_figures, source) == (
-        f"[a](../01_theory/README.md) [b](../../lib/bounds.py#L{at}) [c](../../README.md) "
+        f"[a](../01_theory/README.md) [n](../00_quickstart/README.md#notation) "
+        f"[b](../../lib/bounds.py#L{at}) [c](../../README.md) "
         "![d](../01_theory/x.png) [e](https://arxiv.org/abs/1902.02918) [f](#here)"
     )
 
