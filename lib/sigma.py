@@ -432,7 +432,8 @@ def best_expert(networks, noises, x, y, draws=100, seed=0):
     radii = []
     for network, noise in zip(networks, noises, strict=True):
         base = BaseClassifier(network, x.shape[1:], compile=False)
-        votes = votes_for(y.numpy(), ModelCounts(base, x, noise, seed=seed).draw(draws))
+        counts = ModelCounts(base, x, noise, seed=seed, progress=False)
+        votes = votes_for(y.numpy(), counts.draw(draws))
         share = np.clip(votes / draws, 1 / draws, 1 - 1 / draws)
         radii.append(noise.radius(share))
     return torch.as_tensor(np.argmax(radii, axis=0))
