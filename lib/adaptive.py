@@ -383,8 +383,8 @@ def staircase(n, alpha, price=0.3, looks=40, aim="acr"):
 
     - aim: "radius" for the mean radius of all images: w = 1. "acr" for that of the rightly
       classified alone, with 0 for the others: w is the probability that the class is right, taken
-      as .4 + .15 Phi^-1(k / n_j), at most 1. This line fits a ResNet-110 on CIFAR-10 (all published
-      logs pooled: .38 at p = 1/2, .57 at .83, .77 at .985, .96 near 1).
+      as .4 + .15 Phi^-1(k / n_j), at most 1. This line fits a ResNet-110 on CIFAR-10 (twelve
+      published logs pooled: .38 near p = 1/2, .57 at .83, .77 at .985, .96 near 1).
     """
     check_draws(n=n, looks=looks)
     if np.ndim(n):
