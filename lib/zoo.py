@@ -209,9 +209,8 @@ def record(name, n=None, index=None, folder=DATA / "records"):
 
 
 def committed(name, folder=DATA / "records"):
-    """Whether a record of the table is there, so that a table can show it without counting."""
-    check_choice(RUNS, record=name)
-    return (pathlib.Path(folder) / f"{name}.npz").exists()
+    """Whether a record of the table is there, so that a chapter can show it without counting."""
+    return name in RUNS and (pathlib.Path(folder) / f"{name}.npz").exists()
 
 
 def noise_of(run_):
