@@ -6,11 +6,13 @@ in the narrow type that came in (an alpha in float16, draws in uint8).
 
 import math
 import numbers
+from difflib import get_close_matches
 
 import numpy as np
 import torch
 
 MOST_DRAWS = 10**10  # up to here lib.bounds is checked against 40-digit arithmetic
+MOST_SHOWN = 20  # choices that an error lists, beyond them the nearest
 
 
 def _one_or_all(values):
@@ -32,9 +34,12 @@ def check_choice(choices, **values):
     """Each keyword is one of `choices`."""
     for name, value in values.items():
         if value not in choices:
-            raise ValueError(
-                f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}"
-            )
+            shown, among = list(choices), ""
+            if len(shown) > MOST_SHOWN:
+                among = f"{len(shown)} names, such as "
+                shown = get_close_matches(str(value), map(str, shown), 5, 0) or shown[:5]
+            shown = ", ".join(map(repr, shown))
+            raise ValueError(f"{name} must be one of {among}{shown}; got {value!r}")
 
 
 def check_draws(**draws):

@@ -361,6 +361,12 @@ def test_committed_networks_vote_together(tmp_path, monkeypatch):
     assert [model_hash(m) for m in members] == [model_hash(zoo.model(name)) for name in names]
 
 
+def test_a_name_that_the_table_lacks_is_answered_with_the_nearest():
+    with pytest.raises(ValueError, match=r"one of \d+ names, such as 'digits-cnn-sigma0.25'") as e:
+        zoo.record("digit-cnn-sigma0.25")
+    assert len(str(e.value)) < 300
+
+
 def test_an_ensemble_of_the_table_has_networks_of_the_table(tmp_path):
     (tmp_path / "t.toml").write_text(
         'model = []\nrecord = []\n[ensembles]\npair = "nowhere-seed0"\n'
