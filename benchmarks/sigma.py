@@ -5,7 +5,7 @@ Processor time of one thread. The search: image-steps per second on a ResNet-20,
 of Alfarra et al. (2022, appendix A) run eagerly in float32, and beside the draws of a certificate.
 The memory: seconds and peak memory to add so many points of 3x32x32, beside the listing of appendix
 C (its errors of syntax mended), which compares each new point with a stack of all earlier ones: its
-time grows with the square of their number, and beyond 10,000 is extrapolated so.
+time grows at least with the square of their number, and beyond 10,000 is extrapolated so.
 """
 
 import pathlib
