@@ -277,7 +277,7 @@ def test_a_record_of_the_table_in_8_bits(tmp_path):
     before = path.read_bytes()
     assert found.header["model_sha256"] == model_hash(load_checkpoint(path)[0])
     assert found.header["dtype"] == "int8"
-    assert model_hash(zoo._network(run, tmp_path, None)) == found.header["model_sha256"]
+    assert model_hash(zoo.network_of(run, tmp_path, None)) == found.header["model_sha256"]
     assert path.read_bytes() == before
 
 
