@@ -355,12 +355,15 @@ def test_expected_radius_and_draws_are_those_of_a_run():
         assert values.mean() == pytest.approx(exact, abs=4 * values.std() / 20_000**0.5)
 
 
-def test_the_staircase_takes_fewer_draws_than_certify_for_nearly_its_radius():
+@pytest.mark.parametrize(
+    ("shape", "radius", "draws"), [((), 0.9, 0.2), ((0.4, 12, "radius"), 0.93, 0.4)]
+)
+def test_the_staircase_takes_fewer_draws_than_certify_for_nearly_its_radius(shape, radius, draws):
     p = mixed(2000)
-    found = certify_staircase(SimulatedCounts(p, seed=2), NOISE, 100, 50_000, ALPHA)
+    found = certify_staircase(SimulatedCounts(p, seed=2), NOISE, 100, 50_000, ALPHA, *shape)
     whole = certify(SimulatedCounts(p, seed=2), NOISE, 100, 50_000, ALPHA)
-    assert found.radius.mean() > 0.9 * whole.radius.mean()
-    assert found.n.mean() < 0.2 * whole.n.mean()
+    assert found.radius.mean() > radius * whole.radius.mean()
+    assert found.n.mean() < draws * whole.n.mean()
 
 
 def test_gates_aimed_at_acr_serve_images_that_are_likelier_right():
