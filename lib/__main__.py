@@ -181,34 +181,51 @@ def _print_error(error):
 
 
 def _fields(group):
-    """{option: (field, names of the registered classes that have it)} of a group."""
+    """{option: {name of each registered class that has it: field}} of a group."""
     classes = group.items() if isinstance(group, dict) else [("", group)]
     fields = {}
     for name, cls in classes:
         for field in dataclasses.fields(cls):
-            fields.setdefault(field.name, (field, []))[1].append(name)
+            fields.setdefault(field.name, {})[name] = field
     return fields
 
 
 def _parameters(group):
     """The fields of a group as parameters of a command, all of them optional."""
-    for name, (field, owners) in _fields(group).items():
-        meta, some = field.metadata, isinstance(group, dict) and len(owners) < len(group)
-        default = field.default if field.default is not dataclasses.MISSING else None
-        text = (
-            meta.get("help", f"Of the {group.kind}.") if isinstance(group, dict) else meta["help"]
-        )
-        text = f"{', '.join(owners)}: {text}" if some else text
-        text += "" if default is None else f" [dim]default {default}[/]"
+    for name, owners in _fields(group).items():
+        field = next(iter(owners.values()))
+        choices = field.metadata.get("choices")
         kind = bool if field.type is bool or field.type == bool | None else None
-        kind = kind or (Literal[*meta["choices"]] if meta.get("choices") else _plain(field.type))
+        kind = kind or (Literal[*choices] if choices else _plain(field.type))
         flag = name.replace("_", "-")
         names = [f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"]
         names += [f"--{name.upper()}"] if name in ("n", "n0") else []
-        annotation = Annotated[kind | None, typer.Option(*names, help=text)]
+        annotation = Annotated[kind | None, typer.Option(*names, help=_help(group, owners))]
         yield inspect.Parameter(
             name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
         )
+
+
+def _help(group, owners):
+    """The help of an option: for each meaning and default that it has, whose they are.
+
+    - owners: {name of a class of the group: its field}.
+    """
+    meanings = {}
+    for owner, field in owners.items():
+        text = field.metadata.get("help") or f"Of the {group.kind}."
+        default = None if field.default is dataclasses.MISSING else field.default
+        meanings.setdefault((text, default), []).append(owner)
+    if len(meanings) == 1:
+        ((text, default), names), *_ = meanings.items()
+        text += "" if default in (None, "") else f" [dim]default {default}[/]"
+        everyone = not isinstance(group, dict) or len(names) == len(group)
+        return text if everyone else f"{', '.join(names)}: {text}"
+    parts = []
+    for (text, default), names in meanings.items():
+        end = "" if default in (None, "") else f", [dim]default {default}[/]"
+        parts.append(f"{', '.join(names)}: {text.removesuffix('.')}{end}")
+    return "; ".join(parts) + "."
 
 
 def _plain(annotation):

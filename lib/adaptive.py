@@ -120,8 +120,8 @@ def certify_at(counts, noise, radius, stages, alpha, beta, n0=100, prediction=No
        last stage is <= beta;
     3. with stages[-1] >= last_stage_size(n, alpha, s) every radius that CERTIFY(n) can reach can be
        certified.
-    The union bound is not used up: at the worst p the error is .94 / .69 / .56 alpha at a radius of
-    1 / 2 / 3 sigma.
+    The union bound is not used up: with stages (100, 1000, 10_000, 120_000) and alpha = 0.001 the
+    error at the worst p is .91 / .54 / .38 alpha at a radius of 1 / 2 / 3 sigma.
 
     - counts: source of votes for B examples.
     - noise: smoothing distribution, in whose norm and units the radius is.

@@ -3,12 +3,14 @@ it had not been.
 """
 
 import csv
+import dataclasses
 import datetime
 import fcntl
 import json
 import os
 import pathlib
 import random
+import re
 import subprocess
 import sys
 import time
@@ -960,6 +962,65 @@ def test_an_error_of_torch_is_one_line(tmp_path, monkeypatch):
 def test_debug_shows_the_error_itself():
     with pytest.raises(FileNotFoundError, match="nowhere"):
         call("--debug", "info", "nowhere")
+
+
+def helped(command, option, monkeypatch):
+    """What the help of a command says of an option, on one line."""
+    monkeypatch.setenv("COLUMNS", "250")
+    words = done(command, "--help").replace("│", " ").split()
+    begin = words.index(option)
+    end = next(i for i, word in enumerate(words) if i > begin and word.startswith("--"))
+    return " ".join(words[begin + 2 : end])
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "text"),
+    [
+        (
+            "train",
+            "--lbd",
+            "stability: Weight of the stability term, default 2.0; "
+            "macer: Weight of the radius term, default 12.0; "
+            "consistency: Weight of the divergence between the copies, default 10.0; "
+            "smoothadv-consistency: Weight of the divergence between the copies, default 2.0; "
+            "cat-rs: Weight of the worst divergence, default 1.0.",
+        ),
+        (
+            "train",
+            "--m",
+            "gaussian: Noisy copies of each image, default 1; "
+            "consistency: Noisy copies of each image, default 2; "
+            "smoothadv, smoothadv-consistency, cat-rs: Noisy copies of each image, default 4.",
+        ),
+        (
+            "certify",
+            "--beta",
+            "adaptive: Failure probability of an early abstention, default 0.001; "
+            "anytime: Failure probability of an early abstention, if promised.",
+        ),
+        ("train", "--k", "macer: Noisy copies of each image. default 16"),
+        ("train", "--lr", "Peak of the one-cycle learning rate. default 0.1"),
+        ("certify", "--sigma", "Gaussian: Of the noise."),
+    ],
+)
+def test_help_tells_whose_an_option_is(command, option, text, monkeypatch):
+    """An option of several losses or samplers has the meaning and the default of each."""
+    assert helped(command, option, monkeypatch) == text
+
+
+@pytest.mark.parametrize("registry", [cli.LOSSES, cli.SAMPLERS, cli.NOISES], ids=lambda r: r.kind)
+def test_the_help_has_every_default(registry):
+    said = {p.name: p.annotation.__metadata__[0].help for p in cli._parameters(registry)}
+    for name, cls in registry.items():
+        for field in dataclasses.fields(cls):
+            text = field.metadata.get("help", f"Of the {registry.kind}.").removesuffix(".")
+            default = field.default
+            if default not in (dataclasses.MISSING, None, ""):
+                text = rf"{re.escape(text)}[.,] \[dim\]default {re.escape(str(default))}\[/\]"
+            else:
+                text = re.escape(text)
+            whose = rf"([\w-]+, )*{name}(, [\w-]+)*: " if ": " in said[field.name] else ""
+            assert re.search(whose + text, said[field.name]), (name, field.name)
 
 
 def test_version():

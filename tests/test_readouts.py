@@ -190,6 +190,18 @@ def test_one_member_is_the_network_alone():
     np.testing.assert_array_equal(single.draw(300), many[2])
 
 
+def test_the_members_of_an_ensemble_are_several_networks():
+    """A ModuleList votes as the list of the same networks; without readouts it is refused."""
+    models, x, names = networks(), images(2), ["member:1", "soft:0-4", "consensus2:0-4"]
+    members = Ensemble(models).members
+    assert isinstance(members, nn.ModuleList)
+    found = ModelCounts(members, x, NOISE, readouts=names, **PLAIN).draw(100)
+    listed = ModelCounts(models, x, NOISE, readouts=names, **PLAIN).draw(100)
+    np.testing.assert_array_equal(found, listed)
+    with pytest.raises(ValueError, match="readouts must say how several networks vote"):
+        ModelCounts(members, x, NOISE, **PLAIN)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_views_are_sources_that_share_one_stream(seed):
     """Whatever is asked of the views, and in which order: each gets its own first draws."""

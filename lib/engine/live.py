@@ -32,7 +32,7 @@ class ModelCounts:
     draws where the first K differ, with the votes of the same readout among others.
 
     - model: nn.Module (see BaseClassifier, whose further arguments may be given by keyword), a
-      BaseClassifier, or a list of them.
+      BaseClassifier, or a list of them (or an nn.ModuleList, such as an Ensemble's members).
     - x: float32 images [B, channels, height, width] in [0, 1].
     - noise: smoothing distribution; sigma a scalar or one value per example.
     - index: int [B], each example's index in its data set, which seeds its noise; default 0..B-1.
@@ -278,7 +278,7 @@ def _ready(model, shape, readouts, engine):
     """The BaseClassifier, or the Panel of several networks, that votes."""
     if isinstance(model, Panel):
         return model
-    several = isinstance(model, list | tuple)
+    several = isinstance(model, list | tuple | torch.nn.ModuleList)
     networks = list(model) if several else [model]
     made = [network for network in networks if isinstance(network, BaseClassifier)]
     if several and readouts is None:
