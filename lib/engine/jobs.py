@@ -219,7 +219,7 @@ def _opened(job):
             "or move it away"
         )
     with Journal(path) as journal:
-        journal.absorb(_parts(job))
+        journal.absorb(_parts(job), _joined)
         if not journal.entries:
             journal.clear()
             if adopt:
@@ -228,8 +228,7 @@ def _opened(job):
                 engine = _choose_engine(job)
                 made = {"model": job.name, "settings": job.settings, "engine": engine}
                 journal.begin(made)
-        _continue(job, journal)
-        yield journal, journal.made | {"todo": _todo(job, journal)}
+        yield journal, _continued(job, journal) | {"todo": _todo(job, journal)}
 
 
 def _parts(job):
@@ -238,6 +237,14 @@ def _parts(job):
     if not job.out.parent.exists():
         return []
     return sorted(path for path in job.out.parent.iterdir() if pattern.fullmatch(path.name))
+
+
+def _joined(made, part):
+    """How a run is made, from its journal and that of a part: the part was begun with it, or after.
+
+    A part of an older version does not say.
+    """
+    return part or made
 
 
 def _adopt_record(job, journal):
@@ -259,8 +266,12 @@ def _adopt_record(job, journal):
     )
 
 
-def _continue(job, journal):
-    """Check the journal against the job, and note what the job asks beyond it."""
+def _continued(job, journal):
+    """How the run is made from here on: as its journal says, with what the job asks beyond it.
+
+    The journal says so from the first results on: what was asked by mistake, and stopped before
+    them, binds nobody.
+    """
     made = journal.made
     old, new = made["settings"], job.settings
     extended = _extends(job, old["sampler"], new["sampler"])
@@ -276,8 +287,7 @@ def _continue(job, journal):
         )
     _check_engine(job, made["engine"])
     _check_results(job, journal)
-    if old != new:
-        journal.begin(made | {"settings": new})
+    return made | {"settings": new}
 
 
 def _extends(job, old, new):
@@ -388,6 +398,7 @@ def _work(job, plan, journal, mine):
     if not mine:
         return
     base = _base(job, plan["engine"])
+    made = {name: plan[name] for name in ("model", "settings", "engine")}
     # A fixed number of draws fills blocks by itself; of an adaptive sampler the first stage must.
     draws = job.sampler.most if job.sampler.fixed else job.sampler.first
     size = max(1, -(-BLOCKS * base.block // draws))
@@ -395,7 +406,7 @@ def _work(job, plan, journal, mine):
     with tqdm(total=len(mine), unit=" examples", disable=quiet, smoothing=0.05) as bar:
         for first in range(0, len(mine), size):
             group = mine[first : first + size]
-            journal.append(_certify_group(job, base, group, journal.entries))
+            journal.append(_certify_group(job, base, group, journal.entries), made)
             bar.update(len(group))
 
 
@@ -421,7 +432,8 @@ class _Staged:
         if stage < len(self._had):
             had = self._had[stage]
             more = n - _drawn(had)
-            if stage < len(self._had) - 1 and more.any():
+            # Of examples that are new to the run, any number of draws is the first.
+            if stage < len(self._had) - 1 and more[_drawn(had) > 0].any():
                 raise ValueError("n0 must be that of the earlier run: its votes came after it")
             votes = had + self._source.draw(more)
         else:
@@ -480,7 +492,7 @@ def _stages(group, entries, like):
 
 def _finish(job, journal):
     """Write log and record from the journal; returns how many examples they hold."""
-    journal.absorb(_parts(job))
+    journal.absorb(_parts(job), _joined)
     missing = _todo(job, journal)
     if missing:
         raise ValueError(
