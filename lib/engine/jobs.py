@@ -137,6 +137,11 @@ def run(job):
     that of a run with as many from the start. Whether to continue must not be decided by what was
     certified, else alpha does not hold.
 
+    A run may continue, or run at once, on machines of several types (`processor` of the engine's
+    settings). It warns, and the record lists them in the order they came. A few votes may then
+    differ from those of one type (see ModelCounts), and what a certificate bounds is the mean of
+    the types' probabilities, each with its share of the draws.
+
     Raises ValueError naming the setting in which a run on disk differs from this one, and on
     damaged files; OSError where the disk fails.
     """
@@ -244,13 +249,24 @@ def _joined(made, part):
 
     A part of an older version does not say.
     """
-    return part or made
+    if not (made and part):
+        return part or made
+    types = _types(made["engine"])
+    types += [kind for kind in _types(part["engine"]) if kind not in types]
+    return part | {"engine": part["engine"] | {"processor": ", ".join(types)}}
+
+
+def _types(engine):
+    """The types of machine that a run has been on; those of an older version did not say."""
+    return engine.get("processor", "unknown").split(", ")
 
 
 def _adopt_record(job, journal):
     """Begin the journal of a run that records votes with those of its record."""
     record = load_counts(job.path(".npz"))
     engine = {name: record.header.get(name) for name in _choose_engine(job)}
+    if engine["processor"] is None:
+        del engine["processor"]  # the record is of an older version
     settings = {name: record.header.get(name) for name in job.settings}
     made = {"model": record.header["model"], "settings": settings, "engine": engine}
     journal.begin(made)
@@ -385,12 +401,29 @@ def _base(job, engine):
     if rank()[0] == 0:
         chosen = ", ".join(f"{name} {value}" for name, value in engine.items())
         messages.info("counting with %s", chosen)
-    if base.settings != engine:
+    begun, here = (part | {"processor": None} for part in (engine, base.settings))
+    if begun != here:
         raise ValueError(
-            f"{job.out} was made with {difference(engine, base.settings)}: run it on the machine "
-            "type and versions it was begun with"
+            f"{job.out} was made with {difference(begun, here)}: run it on the device and with "
+            "the versions it was begun with"
         )
     return base
+
+
+def _with_processor(job, engine, here):
+    """The engine's settings with this type of machine, `here`, among those of the run."""
+    types = _types(engine)
+    if here in types:
+        return engine
+    if "processor" in engine and os.environ.get("LOCAL_RANK", "0") == "0":
+        messages.warning(
+            "%s was begun on another type of machine (%s) and continues on %s: a few votes of "
+            "bfloat16 and 8-bit networks differ between types, and its record lists both",
+            job.out,
+            engine["processor"],
+            here,
+        )
+    return engine | {"processor": ", ".join([*types, here])}
 
 
 def _work(job, plan, journal, mine):
@@ -398,7 +431,8 @@ def _work(job, plan, journal, mine):
     if not mine:
         return
     base = _base(job, plan["engine"])
-    made = {name: plan[name] for name in ("model", "settings", "engine")}
+    engine = _with_processor(job, plan["engine"], base.settings["processor"])
+    made = {"model": plan["model"], "settings": plan["settings"], "engine": engine}
     # A fixed number of draws fills blocks by itself; of an adaptive sampler the first stage must.
     draws = job.sampler.most if job.sampler.fixed else job.sampler.first
     size = max(1, -(-BLOCKS * base.block // draws))
