@@ -461,6 +461,11 @@ def test_one_sigma_per_example(tmp_path):
         certify(replay, Gaussian(sigmas[::-1].copy()), 20, 300, 0.001)
 
 
+def test_the_help_warns_of_optional_stopping():
+    said = " ".join(done("certify", "--help").split())
+    assert "must not be decided by what was certified, else alpha does not hold" in said
+
+
 def test_a_finished_run_is_continued(reference, tmp_path):
     """More images, then more draws: the files are those of a run with as many from the start."""
     arguments = [a for a in SMALL if a not in ("--stop", "12", "--n", "300")]
