@@ -167,6 +167,15 @@ class Group:
         pass
 
 
+def run_as_second(task, monkeypatch):
+    """The second process's share of a run that the first has opened."""
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "_Group", Group)
+        patch.setenv("RANK", "1")
+        patch.setenv("WORLD_SIZE", "2")
+        jobs.run(task)
+
+
 def test_processes_on_machines_of_two_types_are_both_listed(
     tmp_path, on, monkeypatch, caplog, threads
 ):
@@ -176,11 +185,7 @@ def test_processes_on_machines_of_two_types_are_both_listed(
     with jobs._opened(task) as (_, Group.plan):
         pass
     on("B")
-    with monkeypatch.context() as patch:
-        patch.setattr(jobs, "_Group", Group)
-        patch.setenv("RANK", "1")
-        patch.setenv("WORLD_SIZE", "2")
-        jobs.run(task)
+    run_as_second(task, monkeypatch)
     assert caplog.text.count("another type of machine (A) and continues on B") == 1
     assert len(read_journal(f"{task.out}.journal.part1")[1]) == 3
     on("A")
@@ -188,3 +193,17 @@ def test_processes_on_machines_of_two_types_are_both_listed(
     assert types(task.out) == "A, B"
     votes = load_counts(f"{task.out}.npz").counts
     assert (votes == run(Certify(20, 100), 6, tmp_path / "whole")[1]).all()
+
+
+def test_every_process_continues_the_votes_of_its_share(tmp_path, monkeypatch, threads):
+    """100 draws more of each of three examples are five blocks; from the start it would be 11."""
+    threads(1)
+    out = tmp_path / "log"
+    run(Certify(20, 100), 6, out)
+    task = job(Certify(20, 200), 6, out)
+    with jobs._opened(task) as (_, Group.plan):
+        pass
+    run_as_second(task, monkeypatch)
+    assert task.model.passes == 5
+    votes = run(Certify(20, 200), 6, out)[1]
+    assert (votes == run(Certify(20, 200), 6, tmp_path / "whole")[1]).all()

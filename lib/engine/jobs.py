@@ -30,7 +30,7 @@ from lib.engine.hardware import has_compiler
 from lib.engine.live import ModelCounts
 from lib.engine.readouts import Panel
 from lib.models import model_hash
-from lib.store.journal import Journal
+from lib.store.journal import Journal, read_journal
 from lib.store.logs import journal_table, write_log
 from lib.store.records import load_counts, save_counts
 
@@ -148,7 +148,7 @@ def run(job):
     me, processes = rank()
     if processes == 1:
         with _opened(job) as (journal, plan):
-            _work(job, plan, journal, plan["todo"])
+            _work(job, plan, journal, plan["todo"], journal.entries)
             _finish(job, journal)
         return len(plan["todo"])
     group = _Group(me, processes)
@@ -168,7 +168,9 @@ def run(job):
         journal = opened.get("journal") or stack.enter_context(
             Journal(job.path(f".journal.part{me}"))
         )
-        _work(job, plan, journal, plan["todo"][me::processes])
+        # What rank 0 adds meanwhile is not of this rank's share.
+        entries = read_journal(job.path(".journal"))[1] if me else journal.entries
+        _work(job, plan, journal, plan["todo"][me::processes], entries)
         group.arrive("certified")
         group.agree("merged", lambda: _finish(job, opened["journal"]))
         group.arrive("ended")
@@ -426,8 +428,11 @@ def _with_processor(job, engine, here):
     return engine | {"processor": ", ".join([*types, here])}
 
 
-def _work(job, plan, journal, mine):
-    """Certify the examples `mine`, appending each group to the journal."""
+def _work(job, plan, journal, mine, entries):
+    """Certify the examples `mine`, appending each group to the journal.
+
+    - entries: what earlier runs left of them.
+    """
     if not mine:
         return
     base = _base(job, plan["engine"])
@@ -440,7 +445,7 @@ def _work(job, plan, journal, mine):
     with tqdm(total=len(mine), unit=" examples", disable=quiet, smoothing=0.05) as bar:
         for first in range(0, len(mine), size):
             group = mine[first : first + size]
-            journal.append(_certify_group(job, base, group, journal.entries), made)
+            journal.append(_certify_group(job, base, group, entries), made)
             bar.update(len(group))
 
 
