@@ -717,7 +717,7 @@ def test_the_report_on_the_published_imagenet_log():
     assert found["ACR"] == pytest.approx(sum(right) / 500, rel=1e-12)
     assert round(found["ACR"], 3) == 0.822
     assert [found[r] for r in ("0", "0.5", "1", "1.5", "3")] == [
-        sum(x > r for x in right) / 500 for r in (0, 0.5, 1, 1.5, 3)
+        sum(row[4] == "1" and float(row[3]) >= r for row in rows) / 500 for r in (0, 0.5, 1, 1.5, 3)
     ]
     assert found["abstained"] == sum(row[2] == "-1" for row in rows) / 500
     assert found["draws"] is None
