@@ -315,7 +315,10 @@ def certify(
     architecture: Annotated[
         Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
     ] = None,
-    noise: Annotated[Literal[*NOISES], typer.Option(help="Smoothing distribution.")] = "Gaussian",
+    noise: Annotated[
+        Literal[*NOISES] | None,
+        typer.Option(help="Smoothing distribution. [dim]default Gaussian[/]"),
+    ] = None,
     sampler: Literal[*SAMPLERS] = "certify",
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     sigma_file: Annotated[
@@ -331,12 +334,14 @@ def certify(
     """Certify a network: a log at full precision, and a record of all votes.
 
     Interrupted or killed, the same command continues where it stopped. A finished run continues
-    with more examples (--max, --stop) or, where the draws are fixed, with more draws (--n).
+    with more examples (--max, --stop) or, where the draws are fixed, with more draws (--n). Whether
+    to take more draws must not be decided by what was certified, else alpha does not hold.
     Several processes: torchrun --nproc-per-node 2 -m lib certify ...
     """
+    _check_sigma_file(sigma_file, sigma_steps, noise, options)
     network, header = _load_ensemble(model, vote, weights, consensus, architecture, data)
     if sigma_file is None:
-        smoothing = _take(options, NOISES, noise)
+        smoothing = _take(options, NOISES, noise or "Gaussian")
     job_sampler = _take(options, SAMPLERS, sampler)
     examples, engine = _take(options, Examples), _take(options, Engine)
     images, labels = datasets.load(header["data"], examples.split, path=data_path)
@@ -406,6 +411,18 @@ def audit(
         print(f"{sampler} {found}: at worst {most['rate']:.3f} alpha, at p = {most['p']:.6g}")
     if found == "fails":
         raise SystemExit(1)
+
+
+def _check_sigma_file(path, steps, noise, options):
+    """Refuse options that a sigma file, or the lack of one, leaves without effect."""
+    if path is None and steps is not None:
+        raise typer.BadParameter(
+            "--sigma-steps chooses among the levels of a file: it needs --sigma-file"
+        )
+    own = [*(["noise"] if noise else []), *(name for name in options if name in _fields(NOISES))]
+    if path is not None and own:
+        flag = own[0].replace("_", "-")
+        raise typer.BadParameter(f"--sigma-file holds the noise and its levels: leave out --{flag}")
 
 
 def _levels(path, steps, network, images, index):

@@ -394,6 +394,7 @@ def staircase(n, alpha, price=0.3, looks=40, aim="acr"):
     if not np.isscalar(price) or not 0 <= price < np.inf:
         raise ValueError(f"price must be a finite price >= 0, such as 0.3; got {price!r}")
     sizes = np.unique(np.round(n / 200 ** (1 - np.arange(looks) / max(looks - 1, 1))).astype(int))
+    sizes[-1] = n  # also where there is one look alone
     sizes = sizes[sizes >= 1]
 
     def z(k, m):

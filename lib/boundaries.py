@@ -26,6 +26,7 @@ from lib.store.files import sha256, write_atomically
 VERSION = 1  # of the design: a table of another version is computed anew
 POWER_LOST = 0.98e-3  # against CERTIFY at n draws, at the worst p
 SLACK = 1e-12  # what the convolutions may be off by, in probability; left unspent
+LEAST_ALPHA = 1e-10  # far enough above SLACK, of which an error may hold two, to leave any draw
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +236,7 @@ def design(null, n, alpha, beta=None, alone=False):
     - null: probability that certifies the radius, in [1/2, 1), or with alone=True in (0, 1).
     - n: draws of the CERTIFY to keep up with. The last look is at 1.35 n (more where that is too
       little), but few examples get there.
-    - alpha: one-sided failure probability, in (0, 1).
+    - alpha: one-sided failure probability, in [1e-10, 1).
     - beta: None: abstain as early as costs at most .001 of CERTIFY's power at any p. A probability:
       P(abstain before the last look) <= beta for every p >= null, theorem 6.1's second promise;
       the last look is then at 1.2 n.
@@ -249,6 +250,11 @@ def design(null, n, alpha, beta=None, alone=False):
     check_level(alpha=alpha)
     if beta is not None:
         check_level(beta=beta)
+    if alpha < LEAST_ALPHA:
+        raise ValueError(
+            f"alpha must be at least {LEAST_ALPHA}, below which the errors computed are not exact "
+            f"enough (a grid of radii spends half of it on each): take a larger one; got {alpha!r}"
+        )
     if np.ndim(n):
         raise ValueError(f"n must be one whole number; got {n!r}")
     if not (0 if alone else 0.5) <= null < 1 or null == 0:
@@ -333,7 +339,10 @@ def compute(null, n, alpha, beta=None, alone=False):
         if found is not None:
             return found
         cap += 0.05
-    raise ValueError(f"no design for null = {null}, n = {n}, alpha = {alpha}: take more draws")
+    raise ValueError(
+        f"n must be larger for a design at null = {null:.6g} and alpha = {alpha}; got {n}: take "
+        "more draws"
+    )
 
 
 def _at_level(null, n, alpha, beta, alone, last):
@@ -355,7 +364,9 @@ def _at_level(null, n, alpha, beta, alone, last):
     if beta is not None:
         return _with_abstentions(found, null, beta, share**0.5)
     # Near p = 1/2 the CERTIFY to keep up with has this level, too: its class is chosen by draws,
-    # so that each of two classes errs with half of alpha.
+    # so that each of two classes errs with half of alpha. That CERTIFY may never certify.
+    if certify_count(null, n, level) > n:
+        return None
     return _least_power_lost(found, n, level, share)
 
 

@@ -150,9 +150,7 @@ def certify_margin(counts, noise, n0, n, alpha, share=0.9):
     """
     check_draws(n0=n0, n=n)
     check_level(alpha=alpha, share=share)
-    check_noise(counts, noise)
-    if not hasattr(noise, "radius_two"):
-        raise ValueError(f"noise must have a radius of two probabilities (radius_two); got {noise}")
+    _check_two(counts, noise)
     prediction = counts.draw(n0).argmax(axis=1)
     votes = counts.draw(n)
     hits = votes_for(prediction, votes)
@@ -187,7 +185,7 @@ def certify_partition(counts, noise, n0, n, alpha, merge=True):
     """
     check_draws(n0=n0, n=n)
     check_level(alpha=alpha)
-    check_noise(counts, noise)
+    _check_two(counts, noise)
     first = counts.draw(n0)
     prediction, at = first.argmax(axis=1), np.arange(len(first))
     first[at, prediction] = -1
@@ -213,6 +211,12 @@ def certify_partition(counts, noise, n0, n, alpha, merge=True):
         p_lower=lower,
         n=np.full(len(at), n0 + n, dtype=np.int64),
     )
+
+
+def _check_two(counts, noise):
+    check_noise(counts, noise)
+    if not hasattr(noise, "radius_two"):
+        raise ValueError(f"noise must have a radius of two probabilities (radius_two); got {noise}")
 
 
 def _alone(ordered):

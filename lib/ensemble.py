@@ -64,7 +64,10 @@ def combine_consensus(logits, consensus, vote="soft", weights=None):
     first = logits[:consensus]
     votes = first.argmax(dim=-1)
     agreed = (votes == votes[0]).all(dim=0)
-    part = weights and [w / sum(weights[:consensus]) for w in weights[:consensus]]
+    part = weights and weights[:consensus]
+    if part and not any(part):
+        part = [1] * consensus  # any weights give the class that all agree on
+    part = part and [w / sum(part) for w in part]
     scores = combine(first, vote, part), combine(logits, vote, weights)
     return torch.where(agreed[..., None], *scores), agreed
 

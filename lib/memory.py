@@ -21,6 +21,7 @@ import numpy as np
 
 from lib.certify import ABSTAIN
 from lib.checks import check_choice
+from lib.store.files import read_bytes, sha256
 from lib.store.records import load_arrays, save_arrays
 
 BLOCK, COLUMNS = 128, 4096  # new and remembered points compared at a time: 2 MB
@@ -44,7 +45,7 @@ class CertificateMemory:
     def __init__(self, norm="l2"):
         check_choice(("l2", "l1"), norm=norm)
         self.norm, self.shape = norm, None
-        self._points, self._saved = [], 0
+        self._points, self._saved = [], {None: 0}  # points up to the end of each part, by checksum
         self._keys = np.empty((0, 0), dtype=np.float32)
         self._classes, self._radii = np.empty(0, dtype=np.int64), np.empty(0)
 
@@ -103,41 +104,52 @@ class CertificateMemory:
     def save(self, folder):
         """Write what is not yet in `folder` as its next part.
 
-        A part is a checksummed file that is there whole or not at all.
+        A part is a checksummed file that is there whole or not at all. It holds the checksum of the
+        part before it, so that parts of two memories are not taken for one.
+
+        Raises ValueError where this memory neither wrote nor loaded the folder's last part.
         """
-        start, stop = self._saved, len(self)
-        if stop > start:
-            save_arrays(
-                pathlib.Path(folder) / f"part-{start:09d}.npz",
-                {"norm": self.norm, "start": start, "shape": list(self.shape)},
-                points=np.stack(self._points[start:stop]),
-                classes=self._classes[start:stop],
-                radii=self._radii[start:stop],
+        folder = pathlib.Path(folder)
+        parts = _parts(folder)
+        before = _checksum(parts[-1]) if parts else None
+        if before not in self._saved:
+            raise ValueError(
+                f"{parts[-1]} is not of this memory, or damaged: give another folder, or add to "
+                "the memory that CertificateMemory.load reads there"
             )
-            self._saved = stop
+        start, stop = self._saved[before], len(self)
+        if stop == start:
+            return
+        path = folder / f"part-{start:09d}.npz"
+        header = {"norm": self.norm, "start": start, "shape": list(self.shape), "before": before}
+        points = np.stack(self._points[start:stop])
+        classes, radii = self._classes[start:stop], self._radii[start:stop]
+        save_arrays(path, header, points=points, classes=classes, radii=radii)
+        self._saved[_checksum(path)] = stop
 
     @classmethod
     def load(cls, folder):
         """The memory that `save` left in a folder.
 
-        Raises ValueError where a part is damaged or missing.
+        Raises ValueError where a part is damaged, missing or of another memory.
         """
-        parts = sorted(pathlib.Path(folder).glob("part-*.npz"))
+        parts = _parts(folder)
         if not parts:
             raise FileNotFoundError(
                 f"{folder} holds no part of a memory: name one that CertificateMemory.save wrote"
             )
-        memory = None
+        memory, before = None, None
         for path in parts:
             header, arrays = load_arrays(path, "name a part of a memory")
             memory = memory or cls(header["norm"])
-            if (header["start"], header["norm"]) != (len(memory), memory.norm):
+            if (header["start"], header.get("before")) != (len(memory), before):
                 raise ValueError(
                     f"{path} does not follow the parts before it, which hold {len(memory)} points: "
-                    "restore the missing part"
+                    "restore the missing part, or the one of this memory"
                 )
             memory._append(arrays["points"], arrays["classes"], arrays["radii"])
-        memory._saved = len(memory)
+            before = _checksum(path)
+            memory._saved[before] = len(memory)
         return memory
 
     def _add(self, x, classes, radii):
@@ -234,6 +246,14 @@ class CertificateMemory:
                 f"x must have shape {self.shape}, as the points remembered; got {x.shape[1:]}"
             )
         return x
+
+
+def _parts(folder):
+    return sorted(pathlib.Path(folder).glob("part-*.npz"))
+
+
+def _checksum(path):
+    return sha256(read_bytes(path, "name a part of a memory"))
 
 
 def _check_answers(classes, radii, size):

@@ -42,10 +42,12 @@ def paired_gain(after, before, labels):
 
 
 def certified_accuracy(certificates, labels, radii):
-    """The fraction of examples that are right and certified beyond r (R > r, strictly).
+    """The fraction of examples that are right and certified at radius r: their R >= r.
 
-    The approximate certified accuracy of Cohen et al. 2019, appendix E. At r = 0 it is the
-    accuracy of the smoothed classifier.
+    The approximate certified accuracy of Cohen et al. 2019, as their published code counts it: a
+    certificate speaks of the open ball of radius R, all perturbations shorter than R. So those at a
+    predetermined radius count at this radius. At r = 0 it is the accuracy of the smoothed
+    classifier, abstentions counted as wrong.
 
     - radii: a number or array, >= 0, in the units of the certificates.
 
@@ -56,7 +58,7 @@ def certified_accuracy(certificates, labels, radii):
     if not (radii >= 0).all():
         raise ValueError(f"radii must be >= 0, in the units of the certificates; got {radii!r}")
     right = np.where(certificates.prediction == labels, certificates.radius, -1.0)
-    return (right > radii[..., None]).mean(axis=-1)[()]
+    return (right >= radii[..., None]).mean(axis=-1)[()]
 
 
 def row(certificates, labels, radii):
@@ -152,7 +154,7 @@ def summarize(logs, radii=None):
     """A table of certification logs, one row each.
 
     - logs: {name: DataFrame of `lib.store.logs.read_log`}.
-    - radii: of the certified accuracies; default 0, 0.25, ... up to the largest radius.
+    - radii: of the certified accuracies; default 0, 0.25, ... up to the largest radius, included.
 
     Returns a DataFrame indexed by `log`, with columns examples; ACR (in the logs' units);
     abstained (a fraction); draws, the mean number per example (NaN where a log does not say);
@@ -163,7 +165,8 @@ def summarize(logs, radii=None):
         if not len(log):
             raise ValueError(f"{name} holds no examples yet")
     if radii is None:
-        radii = np.arange(0, max(log["radius"].max() for log in logs.values()) or 0.25, 0.25)
+        largest = max(log["radius"].max() for log in logs.values())
+        radii = np.arange(0, np.nextafter(largest, np.inf), 0.25)
     rows = {}
     for name, log in logs.items():
         certificates = as_certificates(log)

@@ -189,7 +189,7 @@ def draw_logs(logs, path):
     style()
     figure, axes = plt.subplots()
     certified_accuracy_curves(axes, curves, radii)
-    axes.set_title("Fraction of examples that are right and certified beyond the radius")
+    axes.set_title("Fraction of examples that are right and certified at the radius")
     write_png(figure, path)
 
 

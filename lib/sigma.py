@@ -450,9 +450,11 @@ def certify_dual(router, router_noise, counts, noises, n0, n, alpha, share=0.5):
     Guarantee: for each example, with probability >= 1 - alpha over the draws, either it is
     abstained on or F returns the given class on the whole open ball of the given radius. Proof: the
     router's certificate (class j, radius r) is false with probability <= share alpha, and that of
-    g_j (class c, radius s), whatever j the router's draws chose, with probability <= (1 - share)
-    alpha, since its draws are independent of them. If both hold, h = j on the ball of radius r, so
-    F = g_j there, and g_j = c on the ball of radius s: F = c on the ball of radius min(r, s).
+    g_j (class c, radius s) of any one j with probability <= (1 - share) alpha. Where the router's
+    bound holds, j is the one choice of probability above 1/2, which no draw decides. A failure thus
+    needs one of two false certificates, the router's or that of this one g_j: their probabilities
+    add up to alpha, however their draws depend on each other. If both hold, h = j on the ball of
+    radius r, so F = g_j there, and g_j = c on the ball of radius s: F = c on the smaller ball.
 
     - router: source of votes for the m choices, B examples. router_noise: the noise of these votes.
     - counts: m sources of votes of the classifier for the same B examples, one for each of noises.

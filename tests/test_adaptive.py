@@ -366,6 +366,15 @@ def test_the_staircase_takes_fewer_draws_than_certify_for_nearly_its_radius(shap
     assert found.n.mean() < draws * whole.n.mean()
 
 
+@pytest.mark.parametrize("n", [5, 2000])
+def test_a_staircase_of_one_look_is_certify(n):
+    p = mixed(50)
+    found = certify_staircase(SimulatedCounts(p, seed=3), NOISE, 100, n, ALPHA, looks=1)
+    whole = certify(SimulatedCounts(p, seed=3), NOISE, 100, n, ALPHA)
+    assert (found.n == 100 + n).all()
+    np.testing.assert_array_equal(found.radius, whole.radius)
+
+
 def test_gates_aimed_at_acr_serve_images_that_are_likelier_right():
     """Exact: what each aim maximises, over images of z = 0 .. 4, is larger with its own gates."""
     z, unit, price = np.linspace(0, 4, 17), Gaussian(1.0), 0.3

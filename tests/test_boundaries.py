@@ -225,6 +225,22 @@ def test_bad_designs_are_named():
         design(0.8, 1000, ALPHA, beta=2.0)
     with pytest.raises(ValueError, match="n must be"):
         design(0.8, 0, ALPHA)
+    for alpha in (2e-12, 9e-11):
+        with pytest.raises(ValueError, match="alpha must be at least 1e-10"):
+            design(0.8, 1000, alpha)
+    with pytest.raises(ValueError, match="n must be larger for a design at null"):
+        design(0.5, 7, 0.01)
+
+
+def test_few_draws_that_do_not_certify_at_the_level_of_two_classes():
+    """Ten hits in ten certify at alpha, but not at the half of it that each class has."""
+    found = design(0.5, 10, 0.001)
+    assert found.looks[-1] <= 20
+    assert error(found) <= 0.001
+
+
+def test_the_least_alpha_has_a_design():
+    assert 0.9e-10 < error(design(0.8, 1000, 1e-10)) <= 1e-10
 
 
 STATED = {"null": 0.8, "n": 1000, "alpha": 0.01, "beta": None, "alone": False, "version": 1}

@@ -422,6 +422,14 @@ def test_without_tuning_the_settings_are_fixed():
     assert (settings["block"], settings["layout"]) == (128, "channels_last")
 
 
+def test_the_type_of_machine_is_its_instructions_not_its_name(monkeypatch):
+    found = {"cpu_name": "Fast 9000", "amx_int8": True, "avx512_vnni": True, "avx_vnni": False}
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: found)
+    settings = BaseClassifier(steps(), SHAPE, **PLAIN).settings
+    assert settings["processor"] == "AVX512 amx_int8 avx512_vnni"
+
+
 def small_resnet():
     """Convolutions, batch norms with statistics of their own, a residual connection."""
     torch.manual_seed(0)

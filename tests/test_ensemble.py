@@ -108,6 +108,16 @@ def test_consensus_is_the_first_networks_vote_where_they_agree(logits, vote, con
         assert 0 < agreed.float().mean() < 1
 
 
+def test_a_consensus_of_networks_of_weight_0_is_their_vote(logits):
+    weights = (0.0, 0.0, *[1 / (K - 2)] * (K - 2))
+    scores, agreed = combine_consensus(logits, 2, "weighted", weights)
+    assert 0 < agreed.float().mean() < 1
+    expected = torch.where(
+        agreed, logits[0].argmax(-1), combine(logits, "weighted", weights).argmax(-1)
+    )
+    assert torch.equal(scores.argmax(dim=-1), expected)
+
+
 @pytest.mark.parametrize("vote", VOTES)
 @pytest.mark.parametrize("consensus", [None, 2])
 def test_ensemble_is_the_vote_of_its_members(vote, consensus):

@@ -1,13 +1,15 @@
 """Runs use the hardware: the blocks of adaptive samplers are full."""
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
-from lib.engine import jobs
+from lib.engine import classifier, jobs
 from lib.noise import Gaussian
-from lib.samplers import Certify, InputSpecific
-from lib.store.records import load_counts
+from lib.samplers import Certify, InputSpecific, RecordVotes
+from lib.store.journal import read_journal, write_journal
+from lib.store.records import load_counts, save_counts
 
 ENGINE = {"dtype": torch.float32, "block": 64, "layout": "contiguous", "compile": False}
 
@@ -28,15 +30,37 @@ class Counting(nn.Module):
         return torch.stack([first, -first], dim=1)
 
 
-def run(sampler, size, out):
-    """(passes, votes [B, C]) of a run over images of which some are near the boundary."""
-    images = torch.linspace(0, 1, size)[:, None, None, None].expand(size, 1, 4, 4).contiguous()
-    network, labels = Counting(), np.zeros(size, dtype=np.int64)
-    index = np.arange(size)
-    jobs.run(
-        jobs.Job(network, "", images, labels, index, sampler, Gaussian(0.3), 0, out, {}, ENGINE)
-    )
-    return network.passes, load_counts(f"{out}.npz").counts
+def job(sampler, size, out, of=None):
+    """The first `size` of `of` images, some near the boundary."""
+    of = of or size
+    images = torch.linspace(0, 1, of)[:, None, None, None].expand(of, 1, 4, 4).contiguous()
+    labels, index = np.zeros(of, dtype=np.int64), np.arange(size)
+    noise = Gaussian(0.3)
+    return jobs.Job(Counting(), "", images, labels, index, sampler, noise, 0, out, {}, ENGINE)
+
+
+def run(*given, **keywords):
+    """(passes, votes [B, C]) of a run."""
+    task = job(*given, **keywords)
+    jobs.run(task)
+    return task.model.passes, load_counts(task.path(".npz")).counts
+
+
+def run_until(group, monkeypatch, *given):
+    """A run that meets Ctrl-C as this group begins, of groups of one example each."""
+    certify, calls = jobs._certify_group, []
+
+    def stopped(*given):
+        calls.append(1)
+        if len(calls) == group:
+            raise KeyboardInterrupt
+        return certify(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "BLOCKS", 1)
+        patch.setattr(jobs, "_certify_group", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            run(*given)
 
 
 def test_the_first_stage_of_an_adaptive_sampler_fills_blocks(tmp_path, threads):
@@ -59,3 +83,127 @@ def test_a_fixed_sampler_is_journaled_after_few_blocks(tmp_path, monkeypatch):
     assert groups == [2] * 5
     assert (votes.sum(axis=1) == 640).all()
     assert passes <= 5 * (2 + 19)
+
+
+def test_a_run_is_continued_with_more_examples_and_more_draws_at_once(tmp_path):
+    run(Certify(20, 100), 5, tmp_path / "log", of=9)
+    votes = run(Certify(20, 200), 6, tmp_path / "log", of=9)[1]
+    assert (votes == run(Certify(20, 200), 6, tmp_path / "whole", of=9)[1]).all()
+    with pytest.raises(ValueError, match="n0 = 20, not 30"):
+        run(Certify(30, 400), 6, tmp_path / "log", of=9)
+
+
+def test_a_stopped_run_is_continued_with_more_draws(tmp_path, monkeypatch):
+    run_until(3, monkeypatch, Certify(20, 100), 5, tmp_path / "log")
+    votes = run(Certify(20, 200), 5, tmp_path / "log")[1]
+    assert (votes == run(Certify(20, 200), 5, tmp_path / "whole")[1]).all()
+
+
+def test_draws_asked_for_by_mistake_and_stopped_at_once_bind_nobody(tmp_path, monkeypatch):
+    before = run(Certify(20, 100), 5, tmp_path / "log")[1]
+    run_until(1, monkeypatch, Certify(20, 10_000), 5, tmp_path / "log")
+    assert (run(Certify(20, 100), 5, tmp_path / "log")[1] == before).all()
+    # From the first result on they do.
+    run_until(2, monkeypatch, Certify(20, 10_000), 5, tmp_path / "log")
+    with pytest.raises(ValueError, match="n = 10000, not 100"):
+        run(Certify(20, 100), 5, tmp_path / "log")
+
+
+@pytest.fixture
+def on(monkeypatch):
+    """Makes this a machine of another type."""
+    return lambda kind: monkeypatch.setattr(classifier, "processor", lambda device: kind)
+
+
+def types(out):
+    return load_counts(f"{out}.npz").header.get("processor")
+
+
+def test_a_run_that_continues_on_another_type_of_machine_says_so_once(tmp_path, on, caplog):
+    out, said = tmp_path / "log", []
+    for size, kind in enumerate(["A", "A", "B", "B", "A", "C"], start=1):
+        on(kind)
+        run(Certify(20, 100), size, out, of=9)
+        said.append("another type of machine" in caplog.text)
+        caplog.clear()
+        run(Certify(20, 100), size, out, of=9)  # nothing is left to do
+        assert not caplog.text
+    assert said == [False, False, True, False, False, True]
+    assert types(out) == "A, B, C"
+
+
+def test_what_is_older_than_the_type_of_machine_continues_as_unknown(tmp_path, on, caplog):
+    """A journal and a record; one with nothing left to do stays as it is."""
+    out = tmp_path / "log"
+    run(Certify(20, 100), 3, out, of=9)
+    made, entries = read_journal(f"{out}.journal")
+    del made["engine"]["processor"]
+    write_journal(f"{out}.journal", made, entries.values())
+    votes = tmp_path / "votes"
+    run(RecordVotes(100), 3, votes)
+    record = load_counts(f"{votes}.npz")
+    del record.header["processor"]
+    save_counts(f"{votes}.npz", record.counts, record.index, record.labels, **record.header)
+    on("B")
+    run(Certify(20, 100), 3, out, of=9)
+    run(RecordVotes(100), 3, votes)
+    assert (types(out), types(votes)) == (None, None)
+    run(Certify(20, 100), 4, out, of=9)
+    run(RecordVotes(200), 3, votes)
+    assert (types(out), types(votes)) == ("unknown, B", "unknown, B")
+    assert not caplog.text
+
+
+class Group:
+    """The second of two processes, whose first has only planned the run."""
+
+    def __init__(self, me, processes):
+        pass
+
+    def agree(self, name, function):
+        return self.plan
+
+    def arrive(self, name):
+        pass
+
+
+def run_as_second(task, monkeypatch):
+    """The second process's share of a run that the first has opened."""
+    with monkeypatch.context() as patch:
+        patch.setattr(jobs, "_Group", Group)
+        patch.setenv("RANK", "1")
+        patch.setenv("WORLD_SIZE", "2")
+        jobs.run(task)
+
+
+def test_processes_on_machines_of_two_types_are_both_listed(
+    tmp_path, on, monkeypatch, caplog, threads
+):
+    threads(1)
+    task = job(Certify(20, 100), 6, tmp_path / "log")
+    on("A")
+    with jobs._opened(task) as (_, Group.plan):
+        pass
+    on("B")
+    run_as_second(task, monkeypatch)
+    assert caplog.text.count("another type of machine (A) and continues on B") == 1
+    assert len(read_journal(f"{task.out}.journal.part1")[1]) == 3
+    on("A")
+    jobs.run(task)
+    assert types(task.out) == "A, B"
+    votes = load_counts(f"{task.out}.npz").counts
+    assert (votes == run(Certify(20, 100), 6, tmp_path / "whole")[1]).all()
+
+
+def test_every_process_continues_the_votes_of_its_share(tmp_path, monkeypatch, threads):
+    """100 draws more of each of three examples are five blocks; from the start it would be 11."""
+    threads(1)
+    out = tmp_path / "log"
+    run(Certify(20, 100), 6, out)
+    task = job(Certify(20, 200), 6, out)
+    with jobs._opened(task) as (_, Group.plan):
+        pass
+    run_as_second(task, monkeypatch)
+    assert task.model.passes == 5
+    votes = run(Certify(20, 200), 6, out)[1]
+    assert (votes == run(Certify(20, 200), 6, tmp_path / "whole")[1]).all()

@@ -282,6 +282,44 @@ def test_saved_in_parts_and_read_back(tmp_path):
         CertificateMemory.load(tmp_path / "nowhere")
 
 
+def test_parts_of_two_memories_are_not_mixed(tmp_path):
+    """Neither by a save into the folder of another memory, nor by copies of its files."""
+    first, second = line((0, 0, 1.0), (9, 0, 1.0)), line((3, 1, 1.0), (5, 1, 1.0))
+    first.save(tmp_path / "first")
+    first.add(np.array([4.0]), 0, 5.0)
+    first.save(tmp_path / "first")
+    with pytest.raises(ValueError, match="not of this memory"):
+        second.save(tmp_path / "first")
+    assert CertificateMemory.load(tmp_path / "first").radii.tolist() == [1.0, 1.0, 5.0]
+    second.save(tmp_path / "second")
+    foreign, place = (tmp_path / name / "part-000000000.npz" for name in ("second", "first"))
+    place.write_bytes(foreign.read_bytes())
+    with pytest.raises(ValueError, match="does not follow the parts before it"):
+        CertificateMemory.load(tmp_path / "first")
+
+
+def test_a_part_that_another_process_added_is_not_overwritten(tmp_path):
+    line((0, 0, 1.0)).save(tmp_path)
+    one, other = (CertificateMemory.load(tmp_path) for _ in range(2))
+    one.add(np.array([3.0]), 1, 1.0)
+    one.save(tmp_path)
+    other.add(np.array([3.0]), 2, 1.0)
+    with pytest.raises(ValueError, match="not of this memory"):
+        other.save(tmp_path)
+    assert CertificateMemory.load(tmp_path).predictions.tolist() == [0, 1]
+
+
+def test_saved_to_a_second_folder_the_memory_is_whole_there(tmp_path):
+    memory = line((0, 0, 1.0))
+    for folder in (tmp_path / "first", tmp_path / "second"):
+        memory.save(folder)
+        memory.add(np.array([9.0]), 1, 1.0)
+        memory.save(folder)
+        assert len(CertificateMemory.load(folder)) == len(memory)
+    memory.save(tmp_path / "first")
+    assert len(CertificateMemory.load(tmp_path / "first")) == 3
+
+
 @pytest.mark.parametrize(
     ("change", "name"),
     [

@@ -3,10 +3,12 @@
 import functools
 
 import numpy as np
+import pandas as pd
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lib.adaptive import certify_at
 from lib.certify import ABSTAIN, Certificates
 from lib.counts import SimulatedCounts
 from lib.iss import certify_iss, sample_size_map
@@ -20,6 +22,7 @@ from lib.metrics import (
     paired_gain,
     right_radius,
     row,
+    summarize,
 )
 from lib.noise import Gaussian
 
@@ -64,13 +67,25 @@ def test_paired_gain_by_hand():
 
 
 def test_certified_accuracy_by_hand():
-    """Beyond the radius, strictly: at .5 itself the last example is out."""
+    """Up to the radius itself, as Cohen et al.'s code counts: at .5 the last example is in."""
     np.testing.assert_array_equal(
         certified_accuracy(FOUR, LABELS, [0, 0.49, 0.5, 0.99, 1.0, 3.0]),
-        [0.5, 0.5, 0.25, 0.25, 0, 0],
+        [0.5, 0.5, 0.5, 0.25, 0.25, 0],
     )
     assert certified_accuracy(FOUR, LABELS, 0.0) == 0.5
     assert certified_accuracy(FOUR, LABELS, [[0.0], [0.7]]).shape == (2, 1)
+
+
+@pytest.mark.parametrize("radius", [0.0, 0.5])
+def test_certificates_at_a_predetermined_radius_count_at_it(radius):
+    counts = SimulatedCounts([[0.99, 0.01], [0.5, 0.5]], seed=0)
+    found = certify_at(counts, Gaussian(0.5), radius, (100, 1000), 0.001, 0.001)
+    assert found.radius.tolist() == [radius, 0.0]
+    at = [radius, np.nextafter(radius, 1)]
+    assert certified_accuracy(found, [0, 0], at).tolist() == [0.5, 0.0]
+    log = pd.DataFrame({"predict": found.prediction, "radius": found.radius, "label": 0, "time": 0})
+    table = summarize({"log": log})
+    assert table[f"{radius:g}"].tolist() == [0.5]
 
 
 def test_abstention_by_hand():
@@ -89,9 +104,9 @@ def test_average_radius_is_the_area_under_the_certified_accuracy(rows):
     steps = np.unique(np.append(found.radius, 0.0))
     curve = certified_accuracy(found, labels, steps)
     assert (np.diff(curve) <= 0).all()
-    assert curve[-1] == 0
+    assert certified_accuracy(found, labels, steps[-1] + 1) == 0
     assert average_certified_radius(found, labels) == pytest.approx(
-        (curve[:-1] * np.diff(steps)).sum(), abs=1e-12
+        (curve[1:] * np.diff(steps)).sum(), abs=1e-12
     )
 
 
@@ -100,7 +115,7 @@ def test_a_row_and_a_curve_are_the_metrics():
         np.array([0, 1, ABSTAIN]), np.array([0.5, 0.2, 0.0]), np.zeros(3), np.zeros(3, int)
     )
     labels = np.array([0, 0, 2])
-    assert row(found, labels, [0.0, 0.5]) == {"acr": 0.5 / 3, "r0.00": 1 / 3, "r0.50": 0.0}
+    assert row(found, labels, [0.0, 0.5]) == {"acr": 0.5 / 3, "r0.00": 1 / 3, "r0.50": 1 / 3}
     assert curve(found, labels, [0.0, 0.4]).to_dict("list") == {
         "radius": [0.0, 0.4],
         "accuracy": [1 / 3, 1 / 3],

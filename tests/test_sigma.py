@@ -404,6 +404,21 @@ def test_certify_refuses_a_sigma_file_of_another_network(sigma_file, tmp_path):
     assert "model_sha256 = " in result.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--sigma-file", "f", "--sigma", "0.9"], "leave out --sigma"),
+        (["--sigma-file", "f", "--noise", "Uniform"], "leave out --noise"),
+        (["--sigma", "0.25", "--sigma-steps", "100"], "it needs --sigma-file"),
+    ],
+)
+def test_certify_ignores_no_option_beside_a_sigma_file(tmp_path, arguments, message):
+    base = ["certify", NAME, "--stop", "3", *ENGINE, "--out", str(tmp_path / "log")]
+    result = CliRunner().invoke(cli.app, [*base, *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+
+
 def test_the_best_expert_has_the_largest_radius_at_the_right_class():
     """Bands whose probabilities are known: .23 against .53, 0 against 0, and .20 against 0."""
     experts, noises = [Band(0.3), Band(0.6)], [Gaussian(0.1), Gaussian(0.25)]

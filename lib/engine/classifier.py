@@ -17,7 +17,14 @@ from lib.engine.admission import (
     runs_in_bfloat16,
 )
 from lib.engine.folding import folded
-from lib.engine.hardware import cores, has_bfloat16, has_compiler, keep_freed_memory, pick_device
+from lib.engine.hardware import (
+    cores,
+    has_bfloat16,
+    has_compiler,
+    keep_freed_memory,
+    pick_device,
+    processor,
+)
 from lib.engine.int8 import check_int8, eight_bit_products
 from lib.engine.tuning import tuned
 from lib.store.programs import Program
@@ -202,10 +209,11 @@ class BaseClassifier:
     def settings(self):
         """What runs, as a flat dict for records and logs.
 
-        Its keys are device, dtype, block, layout, folded, compiled and torch.
+        Its keys are device, processor (its type), dtype, block, layout, folded, compiled and torch.
         """
         return {
             "device": self.device.type,
+            "processor": processor(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "block": self.block,
             "layout": self.layout,

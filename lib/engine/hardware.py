@@ -27,6 +27,19 @@ def has_int8_products():
     return any(found.get(name) for name in ("avx512_vnni", "avx_vnni", "amx_int8"))
 
 
+def processor(device):
+    """The type of machine, as far as votes hang on it: alike machines have the same.
+
+    A GPU's name; of a CPU the vector instructions that torch uses, and those of short numbers.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    found = torch.cpu.get_capabilities()
+    names = ("avx512_bf16", "amx_bf16", "amx_int8", "avx512_vnni", "avx_vnni")
+    kind = torch.backends.cpu.get_cpu_capability()
+    return " ".join([kind, *(name for name in names if found.get(name))])
+
+
 def pick_device(device=None):
     """The torch.device asked for, if it is here; default: a GPU if there is one, else the CPU."""
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")

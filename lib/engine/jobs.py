@@ -30,7 +30,7 @@ from lib.engine.hardware import has_compiler
 from lib.engine.live import ModelCounts
 from lib.engine.readouts import Panel
 from lib.models import model_hash
-from lib.store.journal import Journal
+from lib.store.journal import Journal, read_journal
 from lib.store.logs import journal_table, write_log
 from lib.store.records import load_counts, save_counts
 
@@ -137,13 +137,18 @@ def run(job):
     that of a run with as many from the start. Whether to continue must not be decided by what was
     certified, else alpha does not hold.
 
+    A run may continue, or run at once, on machines of several types (`processor` of the engine's
+    settings). It warns, and the record lists them in the order they came. A few votes may then
+    differ from those of one type (see ModelCounts), and what a certificate bounds is the mean of
+    the types' probabilities, each with its share of the draws.
+
     Raises ValueError naming the setting in which a run on disk differs from this one, and on
     damaged files; OSError where the disk fails.
     """
     me, processes = rank()
     if processes == 1:
         with _opened(job) as (journal, plan):
-            _work(job, plan, journal, plan["todo"])
+            _work(job, plan, journal, plan["todo"], journal.entries)
             _finish(job, journal)
         return len(plan["todo"])
     group = _Group(me, processes)
@@ -163,7 +168,9 @@ def run(job):
         journal = opened.get("journal") or stack.enter_context(
             Journal(job.path(f".journal.part{me}"))
         )
-        _work(job, plan, journal, plan["todo"][me::processes])
+        # What rank 0 adds meanwhile is not of this rank's share.
+        entries = read_journal(job.path(".journal"))[1] if me else journal.entries
+        _work(job, plan, journal, plan["todo"][me::processes], entries)
         group.arrive("certified")
         group.agree("merged", lambda: _finish(job, opened["journal"]))
         group.arrive("ended")
@@ -219,7 +226,7 @@ def _opened(job):
             "or move it away"
         )
     with Journal(path) as journal:
-        journal.absorb(_parts(job))
+        journal.absorb(_parts(job), _joined)
         if not journal.entries:
             journal.clear()
             if adopt:
@@ -228,8 +235,7 @@ def _opened(job):
                 engine = _choose_engine(job)
                 made = {"model": job.name, "settings": job.settings, "engine": engine}
                 journal.begin(made)
-        _continue(job, journal)
-        yield journal, journal.made | {"todo": _todo(job, journal)}
+        yield journal, _continued(job, journal) | {"todo": _todo(job, journal)}
 
 
 def _parts(job):
@@ -240,10 +246,29 @@ def _parts(job):
     return sorted(path for path in job.out.parent.iterdir() if pattern.fullmatch(path.name))
 
 
+def _joined(made, part):
+    """How a run is made, from its journal and that of a part: the part was begun with it, or after.
+
+    A part of an older version does not say.
+    """
+    if not (made and part):
+        return part or made
+    types = _types(made["engine"])
+    types += [kind for kind in _types(part["engine"]) if kind not in types]
+    return part | {"engine": part["engine"] | {"processor": ", ".join(types)}}
+
+
+def _types(engine):
+    """The types of machine that a run has been on; those of an older version did not say."""
+    return engine.get("processor", "unknown").split(", ")
+
+
 def _adopt_record(job, journal):
     """Begin the journal of a run that records votes with those of its record."""
     record = load_counts(job.path(".npz"))
     engine = {name: record.header.get(name) for name in _choose_engine(job)}
+    if engine["processor"] is None:
+        del engine["processor"]  # the record is of an older version
     settings = {name: record.header.get(name) for name in job.settings}
     made = {"model": record.header["model"], "settings": settings, "engine": engine}
     journal.begin(made)
@@ -259,8 +284,12 @@ def _adopt_record(job, journal):
     )
 
 
-def _continue(job, journal):
-    """Check the journal against the job, and note what the job asks beyond it."""
+def _continued(job, journal):
+    """How the run is made from here on: as its journal says, with what the job asks beyond it.
+
+    The journal says so from the first results on: what was asked by mistake, and stopped before
+    them, binds nobody.
+    """
     made = journal.made
     old, new = made["settings"], job.settings
     extended = _extends(job, old["sampler"], new["sampler"])
@@ -276,8 +305,7 @@ def _continue(job, journal):
         )
     _check_engine(job, made["engine"])
     _check_results(job, journal)
-    if old != new:
-        journal.begin(made | {"settings": new})
+    return made | {"settings": new}
 
 
 def _extends(job, old, new):
@@ -375,19 +403,41 @@ def _base(job, engine):
     if rank()[0] == 0:
         chosen = ", ".join(f"{name} {value}" for name, value in engine.items())
         messages.info("counting with %s", chosen)
-    if base.settings != engine:
+    begun, here = (part | {"processor": None} for part in (engine, base.settings))
+    if begun != here:
         raise ValueError(
-            f"{job.out} was made with {difference(engine, base.settings)}: run it on the machine "
-            "type and versions it was begun with"
+            f"{job.out} was made with {difference(begun, here)}: run it on the device and with "
+            "the versions it was begun with"
         )
     return base
 
 
-def _work(job, plan, journal, mine):
-    """Certify the examples `mine`, appending each group to the journal."""
+def _with_processor(job, engine, here):
+    """The engine's settings with this type of machine, `here`, among those of the run."""
+    types = _types(engine)
+    if here in types:
+        return engine
+    if "processor" in engine and os.environ.get("LOCAL_RANK", "0") == "0":
+        messages.warning(
+            "%s was begun on another type of machine (%s) and continues on %s: a few votes of "
+            "bfloat16 and 8-bit networks differ between types, and its record lists both",
+            job.out,
+            engine["processor"],
+            here,
+        )
+    return engine | {"processor": ", ".join([*types, here])}
+
+
+def _work(job, plan, journal, mine, entries):
+    """Certify the examples `mine`, appending each group to the journal.
+
+    - entries: what earlier runs left of them.
+    """
     if not mine:
         return
     base = _base(job, plan["engine"])
+    engine = _with_processor(job, plan["engine"], base.settings["processor"])
+    made = {"model": plan["model"], "settings": plan["settings"], "engine": engine}
     # A fixed number of draws fills blocks by itself; of an adaptive sampler the first stage must.
     draws = job.sampler.most if job.sampler.fixed else job.sampler.first
     size = max(1, -(-BLOCKS * base.block // draws))
@@ -395,7 +445,7 @@ def _work(job, plan, journal, mine):
     with tqdm(total=len(mine), unit=" examples", disable=quiet, smoothing=0.05) as bar:
         for first in range(0, len(mine), size):
             group = mine[first : first + size]
-            journal.append(_certify_group(job, base, group, journal.entries))
+            journal.append(_certify_group(job, base, group, entries), made)
             bar.update(len(group))
 
 
@@ -421,7 +471,8 @@ class _Staged:
         if stage < len(self._had):
             had = self._had[stage]
             more = n - _drawn(had)
-            if stage < len(self._had) - 1 and more.any():
+            # Of examples that are new to the run, any number of draws is the first.
+            if stage < len(self._had) - 1 and more[_drawn(had) > 0].any():
                 raise ValueError("n0 must be that of the earlier run: its votes came after it")
             votes = had + self._source.draw(more)
         else:
@@ -480,7 +531,7 @@ def _stages(group, entries, like):
 
 def _finish(job, journal):
     """Write log and record from the journal; returns how many examples they hold."""
-    journal.absorb(_parts(job))
+    journal.absorb(_parts(job), _joined)
     missing = _todo(job, journal)
     if missing:
         raise ValueError(

@@ -99,15 +99,24 @@ class Journal:
         self._file.truncate(0)
         self.made, self.entries = None, {}
 
-    def append(self, entries):
-        """Add finished examples: dicts with "idx". They are on disk when this returns."""
-        self._append(entries)
+    def append(self, entries, made=None):
+        """Add finished examples: dicts with "idx". They are on disk when this returns.
+
+        - made: how the run is made from these examples on; None: as before.
+        """
+        changed = made is not None and made != self.made
+        self._append([*([{"run": made}] if changed else []), *entries])
+        self.made = made if changed else self.made
         self.entries |= {entry["idx"]: entry for entry in entries}
 
-    def absorb(self, paths):
-        """Take over the entries of other journals of this run, then delete those files."""
+    def absorb(self, paths, join=lambda made, part: made):
+        """Take over the entries of other journals of this run, then delete those files.
+
+        - join: how the run is made, from what this journal says and what the other does.
+        """
         for path in paths:
-            self.append(list(read_journal(path)[1].values()))
+            made, entries = read_journal(path)
+            self.append(list(entries.values()), join(self.made, made))
             path.unlink()
 
     def _append(self, contents):
