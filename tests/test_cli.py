@@ -411,7 +411,9 @@ def test_a_run_that_lacks_an_example_is_not_finished(tmp_path, monkeypatch):
     )
     work = jobs._work
     monkeypatch.setattr(
-        jobs, "_work", lambda job, plan, journal, mine: work(job, plan, journal, mine[:2])
+        jobs,
+        "_work",
+        lambda job, plan, journal, mine, *rest: work(job, plan, journal, mine[:2], *rest),
     )
     with pytest.raises(ValueError, match="lacks 1 examples, the first 2: run the same command"):
         jobs.run(job)

@@ -466,8 +466,8 @@ def test_a_run_records_all_readouts_killed_and_continued(tmp_path, monkeypatch):
     expected = direct.draw(250)
     append, path = jobs.Journal.append, tmp_path / "votes"
 
-    def killed(journal, entries):
-        append(journal, entries)
+    def killed(journal, *given):
+        append(journal, *given)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(jobs.Journal, "append", killed)
