@@ -1,7 +1,9 @@
 """Several networks as one classifier: votes, K-consensus, weights, order (Horvath et al. 2022)."""
 
+import dataclasses
 import json
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -12,30 +14,55 @@ from torch.nn import functional
 from lib.checks import check_choice, check_draws, check_images, check_labels, check_seed
 
 
-def soft(logits, weights=None):
-    """The mean of y^l: the paper's choice (Horvath et al. 2022, equation 2)."""
-    return logits.mean(dim=0)
+@dataclasses.dataclass(frozen=True)
+class Vote:
+    """A way to vote, in two steps: many votes of the same networks share the first.
+
+    - term: logits y^l (float32 [k, ..., C]) to what each network adds, float32 [k, ..., C].
+    - pool: the terms of the networks that vote, and their weights (None without), to the scores
+      [..., C], whose largest is the class voted for.
+    """
+
+    term: Callable
+    pool: Callable
 
 
-def hard(logits, weights=None):
-    """The share of networks whose largest logit is the class; of equal ones the first wins."""
-    return functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float().mean(dim=0)
+def _logits(logits):
+    return logits
 
 
-def softmax(logits, weights=None):
+def _one_vote(logits):
+    """1 at the largest logit (of equal ones the first), 0 elsewhere."""
+    return functional.one_hot(logits.argmax(dim=-1), logits.shape[-1]).float()
+
+
+def _log_softmax(logits):
+    return logits.log_softmax(dim=-1)
+
+
+def _mean(terms, weights=None):
+    return terms.mean(dim=0)
+
+
+def _log_mean(terms, weights=None):
     """The logarithm of the mean of softmax(y^l): the softmax of these scores is that mean."""
-    return logits.log_softmax(dim=-1).logsumexp(dim=0) - math.log(len(logits))
+    return terms.logsumexp(dim=0) - math.log(len(terms))
 
 
-def weighted(logits, weights):
-    """The sum of w_l y^l."""
-    weights = torch.tensor(weights, dtype=torch.float32, device=logits.device)
-    return torch.tensordot(weights, logits, dims=1)
+def _weighted_sum(terms, weights):
+    weights = torch.tensor(weights, dtype=torch.float32, device=terms.device)
+    return torch.tensordot(weights, terms, dims=1)
 
 
-# Votes by name, from logits y^l (float32 [k, ..., C]) and weights to scores [..., C], whose
-# largest is the class voted for (Horvath et al. 2022, section 4 and H.3.1).
-VOTES = {"soft": soft, "hard": hard, "softmax": softmax, "weighted": weighted}
+# Votes by name (Horvath et al. 2022, section 4 and H.3.1): the mean of the logits y^l, which is the
+# paper's choice (equation 2); the share of networks whose largest logit is the class; the mean of
+# softmax(y^l); the sum of w_l y^l.
+VOTES = {
+    "soft": Vote(_logits, _mean),
+    "hard": Vote(_one_vote, _mean),
+    "softmax": Vote(_log_softmax, _log_mean),
+    "weighted": Vote(_logits, _weighted_sum),
+}
 
 
 def combine(logits, vote="soft", weights=None):
@@ -46,7 +73,8 @@ def combine(logits, vote="soft", weights=None):
 
     Returns float32 [..., C].
     """
-    return VOTES[vote](logits.float(), weights)
+    rule = VOTES[vote]
+    return rule.pool(rule.term(logits.float()), weights)
 
 
 def combine_consensus(logits, consensus, vote="soft", weights=None):

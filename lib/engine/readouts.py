@@ -13,7 +13,7 @@ import torch
 
 from lib.checks import check_choice
 from lib.engine.classifier import BaseClassifier
-from lib.ensemble import VOTES, check_weights, combine
+from lib.ensemble import VOTES, check_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,20 +65,33 @@ class Readout:
             parts.append(",".join(map(repr, self.weights)))
         return ":".join(parts)
 
+    @property
+    def term(self):
+        """What each member adds to the vote, from its logits (lib.ensemble.Vote)."""
+        return VOTES[self.vote].term
+
     def read(self, logits):
         """Votes int64 [B] from the members' logits, float32 [k, B, C], and where K sufficed.
 
         The second is a bool tensor [B], or None without a consensus.
         """
-        votes = combine(logits, self.vote, self.weights).argmax(dim=-1)
+        choices = None if self.consensus is None else logits.argmax(dim=-1)
+        return self.read_terms(self.term(logits), choices)
+
+    def read_terms(self, terms, choices):
+        """As `read`, from the members' terms and, for a consensus, their classes, int64 [k, B].
+
+        Other readouts of the same networks need the same ones, so a block computes them once.
+        """
+        votes = VOTES[self.vote].pool(terms, self.weights).argmax(dim=-1)
         if self.consensus is None:
             return votes, None
-        first, agreed = self.agreement(logits)
+        first, agreed = self.agreement(choices)
         return torch.where(agreed, first, votes), agreed
 
-    def agreement(self, logits):
+    def agreement(self, choices):
         """The class [B] of the first member, and where the first K choose it, bool [B]."""
-        first = logits[: self.consensus].argmax(dim=-1)
+        first = choices[: self.consensus]
         return first[0], (first == first[0]).all(dim=0)
 
 
@@ -120,6 +133,12 @@ def _part(value, j):
         return value
     part = value.split(", ")[j]
     return {"True": True, "False": False}.get(part, part)
+
+
+def _without_copy(rows):
+    """Row numbers as a slice where they follow each other, which indexes without a copy."""
+    span = range(rows[0], rows[0] + len(rows))
+    return slice(span.start, span.stop) if rows == list(span) else rows
 
 
 def _ranges(members):
@@ -232,11 +251,18 @@ class Panel:
 
 
 class _Ballot:
-    """All readouts of each block."""
+    """All readouts of each block; what several of them need is computed once."""
 
     def __init__(self, panel, voters):
         self.panel, self.voters = panel, voters
-        self.rows = [panel.positions(item) for item in panel.readouts]
+        positions = [panel.positions(item) for item in panel.readouts]
+        self.rows = [_without_copy(rows) for rows in positions]
+        self.terms = {item.term for item in panel.readouts if isinstance(item, Readout)}
+        consensus = [r for r, item in enumerate(panel.readouts) if item.consensus is not None]
+        self.consensus = torch.tensor(consensus, dtype=torch.int64, device=panel.device)
+        self.asked = torch.zeros(len(positions), len(panel.used), device=panel.device)
+        for r, rows in enumerate(positions):
+            self.asked[r, rows] = 1
 
     @torch.no_grad()
     def __call__(self, block, place):
@@ -247,13 +273,23 @@ class _Ballot:
         """
         panel = self.panel
         logits = panel.logits(block, self.voters, range(len(panel.used)))
-        finite, votes = logits.isfinite().all(dim=-1), []
+        terms = {term: term(logits) for term in self.terms}
+        choices = logits.argmax(dim=-1) if len(self.consensus) else None
+        votes, known = [], []
         for item, rows in zip(panel.readouts, self.rows, strict=True):
-            whole = rows == list(range(len(panel.used)))
-            vote, agreed = item.read(logits if whole else logits[rows])
-            vote = torch.where(finite[rows].all(dim=0), vote, panel.classes)
-            votes.append(vote if agreed is None else vote + ~agreed * (panel.classes + 1))
-        return [(place, torch.stack(votes))]
+            if not isinstance(item, Readout):
+                votes.append(item.read(logits[rows])[0])
+                continue
+            own = None if item.consensus is None else choices[rows]
+            vote, agreed = item.read_terms(terms[item.term][rows], own)
+            votes.append(vote)
+            known += [] if agreed is None else [agreed]
+        # 0 times a logit is NaN where it is not finite: cheaper than asking each of them.
+        broken = self.asked @ ((logits * 0).sum(dim=-1) != 0).float()
+        votes = torch.where(broken > 0, panel.classes, torch.stack(votes))
+        if known:
+            votes[self.consensus] += ~torch.stack(known) * (panel.classes + 1)
+        return [(place, votes)]
 
     def rest(self):
         """Nothing is left over."""
@@ -275,7 +311,7 @@ class _Consensus:
     def __call__(self, block, place):
         """[(place, votes int64 [1, rows])]: those that are known by now."""
         logits = self.panel.logits(block, self.voters, self.first)
-        vote, known = self.item.agreement(logits)
+        vote, known = self.item.agreement(logits.argmax(dim=-1))
         finite = logits.isfinite().all(dim=-1).all(dim=0)
         vote, known = torch.where(finite, vote, self.panel.classes), known | ~finite
         found = [(place[known], vote[None, known])]
