@@ -17,7 +17,7 @@ boundaries
 data
 ensemble
 models
-theory
+variance theory
 engine.hardware engine.folding engine.admission engine.tuning engine.*
 engine.classifier engine.readouts engine.live engine.jobs engine.moments
 counts
@@ -71,7 +71,7 @@ def test_no_import_runs_upward():
 
 
 def test_the_folder_is_a_table_of_contents():
-    assert len(list(LIB.glob("*.py"))) <= 24
+    assert len(list(LIB.glob("*.py"))) <= 25
     assert {path.name for path in LIB.iterdir() if path.is_dir()} - {"__pycache__"} == {
         "engine",
         "store",
