@@ -3,14 +3,12 @@ it had not been.
 """
 
 import csv
-import dataclasses
 import datetime
 import fcntl
 import json
 import os
 import pathlib
 import random
-import re
 import subprocess
 import sys
 import time
@@ -159,27 +157,6 @@ def test_the_log_and_the_record_are_those_of_the_library(reference):
         "small.tsv.journal",
         "small.tsv.npz",
     ]
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ("--skip 100", [0, 100, 200, 300]),
-        ("--skip 20 --max 60", [0, 20, 40]),
-        ("--start 7 --stop 10", [7, 8, 9]),
-        ("--start 5 --skip 4 --stop 14", [8, 12]),
-        ("--skip 150 --max -1 --start 1", [150, 300]),
-        ("--start 358 --stop 1000", [358, 359]),
-    ],
-)
-def test_examples_are_chosen_by_the_conventions_of_cohens_code(options, expected):
-    """Those scripts loop over all indices, break at max or stop, and pass over those below start or
-    not divisible by skip.
-    """
-    names = [name.removeprefix("--") for name in options.split()[::2]]
-    values = map(int, options.split()[1::2])
-    index = cli.Examples(**dict(zip(names, values, strict=True))).index(360)
-    assert index.tolist() == expected
 
 
 def test_an_example_is_the_same_in_any_selection(reference, tmp_path):
@@ -1013,21 +990,6 @@ def helped(command, option, monkeypatch):
 def test_help_tells_whose_an_option_is(command, option, text, monkeypatch):
     """An option of several losses or samplers has the meaning and the default of each."""
     assert helped(command, option, monkeypatch) == text
-
-
-@pytest.mark.parametrize("registry", [cli.LOSSES, cli.SAMPLERS, cli.NOISES], ids=lambda r: r.kind)
-def test_the_help_has_every_default(registry):
-    said = {p.name: p.annotation.__metadata__[0].help for p in cli._parameters(registry)}
-    for name, cls in registry.items():
-        for field in dataclasses.fields(cls):
-            text = field.metadata.get("help", f"Of the {registry.kind}.").removesuffix(".")
-            default = field.default
-            if default not in (dataclasses.MISSING, None, ""):
-                text = rf"{re.escape(text)}[.,] \[dim\]default {re.escape(str(default))}\[/\]"
-            else:
-                text = re.escape(text)
-            whose = rf"([\w-]+, )*{name}(, [\w-]+)*: " if ": " in said[field.name] else ""
-            assert re.search(whose + text, said[field.name]), (name, field.name)
 
 
 def test_version():
