@@ -33,13 +33,14 @@ from lib.metrics import formatted, latex, summarize
 from lib.models import load_checkpoint, model_hash
 from lib.noise import NOISES
 from lib.options import Engine, Examples, fields, take, with_options
+from lib.recipes import Recipe, quantize_network
+from lib.recipes import train as train_network
 from lib.samplers import SAMPLERS
 from lib.sigma import Ascent, load_sigma, search
 from lib.store.files import read_bytes
 from lib.store.logs import read_log
 from lib.store.records import load_counts
-from lib.train import Recipe, Schedule, quantize_network
-from lib.train import train as train_network
+from lib.train import Schedule
 
 app = typer.Typer(
     no_args_is_help=True,

@@ -23,13 +23,14 @@ from lib.engine.readouts import Readout, readout
 from lib.ensemble import Ensemble
 from lib.models import load_checkpoint, model_hash
 from lib.noise import restore_noise
+from lib.recipes import Recipe, quantize_network, train
 from lib.samplers import RecordVotes
 from lib.sigma import Ascent, load_sigma, search
 from lib.store.files import sha256
 from lib.store.logs import read_log
 from lib.store.published import read_published
 from lib.store.records import load_counts
-from lib.train import Recipe, Schedule, quantize_network, train
+from lib.train import Schedule
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
 # Usual settings of the engine, by data set: part of what a record is, so never chosen by timing.

@@ -17,13 +17,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_zoo import made_up_cifar10
+from test_recipes import made_up_cifar10
 from typer.testing import CliRunner
 
 import lib
 from lib import __main__ as cli
-from lib import data, zoo
-from lib import train as training
+from lib import data, recipes, zoo
 from lib.certify import certify
 from lib.counts import RecordedCounts
 from lib.engine import jobs
@@ -770,7 +769,7 @@ TRAIN = ["train", "--architecture", "mlp", "--sigma", "0.25", "--epochs", "3", "
 
 def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
     done(*TRAIN, "--out", tmp_path / "whole.safetensors")
-    out, watch, calls = tmp_path / "cut.safetensors", training.noisy_accuracy, []
+    out, watch, calls = tmp_path / "cut.safetensors", recipes.noisy_accuracy, []
 
     def interrupted(*arguments, **named):
         calls.append(1)
@@ -778,7 +777,7 @@ def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return watch(*arguments, **named)
 
-    monkeypatch.setattr(training, "noisy_accuracy", interrupted)
+    monkeypatch.setattr(recipes, "noisy_accuracy", interrupted)
     assert "the same command continues" in refused(*TRAIN, "--out", out, code=130)
     assert load_checkpoint(out)[1]["epoch"] == 1
     assert "lr = 0.1, not 0.2" in refused(*TRAIN, "--lr", 0.2, "--out", out)
@@ -803,7 +802,7 @@ def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
     [("--augment", True), ("", False), ("--data cifar10 --data-path data.npz", True)],
 )
 def test_training_is_told_what_was_asked(tmp_path, monkeypatch, options, augment):
-    told, fit = [], training.fit
+    told, fit = [], recipes.fit
     monkeypatch.chdir(tmp_path)
     made_up_cifar10(tmp_path / "data.npz")
 
@@ -811,7 +810,7 @@ def test_training_is_told_what_was_asked(tmp_path, monkeypatch, options, augment
         told.append(arguments[5])
         return fit(*arguments, **named)
 
-    monkeypatch.setattr(training, "fit", spy)
+    monkeypatch.setattr(recipes, "fit", spy)
     asked = [
         "--epochs",
         1,
