@@ -13,13 +13,10 @@ from lib.engine import jobs
 from lib.ensemble import noisy_logits
 from lib.models import load_checkpoint, model_hash
 from lib.noise import Gaussian
-from lib.recipes import Recipe
 from lib.store.records import load_counts
-from lib.train import Schedule
 
 NAME = "digits-cnn-sigma0.25-n1000"
 RECORDS = zoo.DATA / "records"
-DIGITS = [name for name, recipe in zoo.MODELS.items() if recipe.data == "digits"]
 
 
 def test_a_committed_record_is_counted_again():
@@ -48,19 +45,6 @@ def test_records_belong_to_the_committed_networks(name):
     assert record.index.tolist() == list(range(0, len(labels), run.stride))
     if data == "digits":
         np.testing.assert_array_equal(record.labels, labels[record.index])
-
-
-@pytest.mark.parametrize(
-    ("folder", "table"), [("models", zoo.model_table), ("records", zoo.record_table)]
-)
-def test_the_tables_of_the_readmes_are_not_stale(folder, table):
-    """They are written by python -m lib.zoo tables."""
-    text = (zoo.DATA / folder / "README.md").read_text()
-    assert zoo.with_table(text, table()) == text
-    names = {path.stem for path in (zoo.DATA / folder).glob("*.[ns]*") if path.suffix != ".tsv"}
-    measured = {f"{name}.moments" for name in zoo.ENSEMBLES}
-    names = {name.removesuffix(".int8") for name in names}  # quantised, beside the original
-    assert names <= {*zoo.MODELS, *zoo.RUNS, *measured}
 
 
 def test_a_record_stopped_and_continued_equals_one_counted_at_once(tmp_path, monkeypatch):
@@ -124,46 +108,6 @@ def test_a_record_that_is_missing_is_counted(tmp_path, monkeypatch):
     monkeypatch.setitem(zoo.RUNS, NAME, dataclasses.replace(zoo.RUNS[NAME], n=30))
     assert zoo.record(NAME, folder=tmp_path).draws == 30
     assert load_counts(tmp_path / f"{NAME}.npz").draws == 30
-
-
-def test_one_entry_of_the_table_stands_for_many(tmp_path):
-    text = """
-[[model]]
-name = "m-{sigma:.2f}-{seed}"
-architecture = "mlp"
-data = "digits"
-sigma = [0.25, 0.5]
-seed = [0, 1, 2]
-lr = 0.2
-[[model]]
-name = "l1"
-architecture = "mlp"
-data = "digits"
-noise = {name = "Gaussian", sigma = 2.0}
-loss = {name = "gaussian", smoothing = 0.1}
-[[record]]
-name = "r-{sigma:.2f}"
-model = "m-{sigma:.2f}-1"
-sigma = [0.25, 0.5]
-n = 10
-engine = {block = 7}
-"""
-    path = tmp_path / "table.toml"
-    path.write_text(text)
-    models, runs, _ = zoo.read_table(path)
-    assert list(models) == [f"m-{s}-{k}" for s in ("0.25", "0.50") for k in (0, 1, 2)] + ["l1"]
-    assert models["m-0.50-2"] == Recipe(
-        "mlp", "digits", {"name": "Gaussian", "sigma": 0.5}, schedule=Schedule(seed=2, lr=0.2)
-    )
-    assert models["l1"].loss == {"name": "gaussian", "smoothing": 0.1}
-    assert runs["r-0.50"].model == "m-0.50-1"
-    assert runs["r-0.50"].engine == zoo.ENGINES["digits"] | {"block": 7}
-    path.write_text(text.replace("r-{sigma:.2f}", "r"))
-    with pytest.raises(ValueError, match="r twice"):
-        zoo.read_table(path)
-    path.write_text(text.replace("m-{sigma:.2f}-1", "gone"))
-    with pytest.raises(ValueError, match="model must be one of"):
-        zoo.read_table(path)
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.RUNS if f"{n}-seed" in zoo.RUNS[n].model])
@@ -241,20 +185,6 @@ def test_an_ensemble_s_record_is_counted_again(tmp_path):
         zoo.count(name, tmp_path / "parts.npz", n=1200, index=index + 1)
 
 
-def test_readouts_of_a_table_are_expanded():
-    header = {"members": [{"seed": 3}, {"seed": 0}, {"seed": 2}], "best_weights": [0.5, 0.25, 0.25]}
-    found = zoo.expand_readouts("member:* seeds:0,3 weighted:0-2 consensus2:0-2", header)
-    assert found == [
-        *("member:0", "member:1", "member:2"),
-        *("soft:0-1", "weighted:0-2:0.5,0.25,0.25", "consensus2:0-2"),
-    ]
-    found = zoo.expand_readouts("subsets:0-2 weighted:0-1:0.7,0.3", header)
-    assert found == [
-        *("member:0", "member:1", "member:2", "soft:0-1", "soft:0,2", "soft:1-2", "soft:0-2"),
-        "weighted:0-1:0.7,0.3",
-    ]
-
-
 def test_committed_networks_vote_together(tmp_path, monkeypatch):
     """A record of an ensemble of the table: each member's votes are those of its own record."""
     names = ("digits-cnn-sigma0.25", "digits-cnn-sigma0.50")
@@ -274,14 +204,6 @@ def test_a_name_that_the_table_lacks_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match=r"one of \d+ names, such as 'digits-cnn-sigma0.25'") as e:
         zoo.record("digit-cnn-sigma0.25")
     assert len(str(e.value)) < 300
-
-
-def test_an_ensemble_of_the_table_has_networks_of_the_table(tmp_path):
-    (tmp_path / "t.toml").write_text(
-        'model = []\nrecord = []\n[ensembles]\npair = "nowhere-seed0"\n'
-    )
-    with pytest.raises(ValueError, match="a member of pair must be one of"):
-        zoo.read_table(tmp_path / "t.toml")
 
 
 def test_moments_are_stored_and_read(tmp_path, monkeypatch):
