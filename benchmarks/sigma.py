@@ -20,11 +20,12 @@ from lib.certify import Certificates
 from lib.data import load
 from lib.engine.classifier import BaseClassifier
 from lib.engine.live import ModelCounts
+from lib.experiments import ENGINES
 from lib.memory import CertificateMemory
 from lib.models import build
 from lib.noise import Gaussian
 from lib.sigma import optimize_sigma
-from lib.zoo import ENGINES, model
+from lib.zoo import model
 
 IMAGES, STEPS, LISTING = 128, 5, 10_000
 

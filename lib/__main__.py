@@ -3,9 +3,7 @@
 certify also runs under torchrun.
 """
 
-import dataclasses
 import functools
-import inspect
 import json
 import logging
 import pathlib
@@ -26,7 +24,6 @@ from lib import data as datasets
 from lib import models, zoo
 from lib.audit import audit as audited
 from lib.audit import verdict, worst
-from lib.engine.classifier import DTYPES
 from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
 from lib.engine.readouts import ensemble_readout
@@ -35,14 +32,15 @@ from lib.losses import LOSSES
 from lib.metrics import formatted, latex, summarize
 from lib.models import load_checkpoint, model_hash
 from lib.noise import NOISES
+from lib.options import Engine, Examples, fields, take, with_options
+from lib.recipes import Recipe, quantize_network
+from lib.recipes import train as train_network
 from lib.samplers import SAMPLERS
 from lib.sigma import Ascent, load_sigma, search
 from lib.store.files import read_bytes
 from lib.store.logs import read_log
 from lib.store.records import load_counts
-from lib.store.registry import option
-from lib.train import Recipe, Schedule, quantize_network
-from lib.train import train as train_network
+from lib.train import Schedule
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -61,58 +59,6 @@ DataPath = Annotated[
     typer.Option("--data-path", help="Read the data set from this file or folder (lib.data.load)."),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """Which examples of a data set are certified, by the conventions of Cohen et al.'s code."""
-
-    split: str = option("test", "Part of the data set.", ("train", "test"))
-    start: int = option(0, "First index in the data set.")
-    stop: int | None = option(None, "End of the indices (not included).")
-    skip: int = option(1, "Only indices that this divides: 20 takes 0, 20, 40, ...")
-    max: int | None = option(None, "Stop at this index (as stop; -1: never).")
-
-    def index(self, size):
-        """The indices of the chosen examples. Raises ValueError where there are none."""
-        if self.start < 0 or self.skip < 1:
-            raise ValueError(
-                f"start must be >= 0 and skip >= 1; got start = {self.start}, skip = {self.skip}"
-            )
-        ends = [end for end in (self.stop, self.max) if end is not None and end >= 0]
-        index = np.arange(min([size, *ends]))
-        index = index[(index >= self.start) & (index % self.skip == 0)]
-        if not len(index):
-            raise ValueError(
-                f"start = {self.start}, stop = {self.stop}, skip = {self.skip}, max = {self.max} "
-                f"leave none of the {size} examples"
-            )
-        return index
-
-
-@dataclasses.dataclass(frozen=True)
-class Engine:
-    """How the network runs (lib.engine.classifier.BaseClassifier)."""
-
-    device: str | None = option(None, "cpu, cuda, cuda:1; default a GPU where there is one.")
-    dtype: str = option("auto", "Precision certified.", ("auto", *DTYPES))
-    block: int | None = option(None, "Images per forward pass; default: measured.")
-    layout: str | None = option(
-        None, "Memory layout; default: measured.", ("channels_last", "contiguous")
-    )
-    compile: bool | None = option(None, "Default: where the job is long enough to pay for it.")
-    tune: bool = option(True, "Measure what is fastest here (once, then cached).")
-
-    def settings(self):
-        """Arguments of BaseClassifier."""
-        return {
-            "device": self.device and pick_device(self.device),
-            "dtype": None if self.dtype == "auto" else self.dtype,
-            "block": self.block,
-            "layout": self.layout,
-            "compile": "auto" if self.compile is None else self.compile,
-            "tune": self.tune,
-        }
 
 
 def _version(wanted: bool):
@@ -138,17 +84,15 @@ def _main(
 
 
 def command(*groups):
-    """A subcommand whose errors are one line and exit code 1.
-
-    - groups: registries and dataclasses whose fields become options, passed on as keywords;
-      those not given are left out.
-    """
+    """A subcommand with the options of these groups, whose errors are one line and exit code 1."""
 
     def decorate(function):
-        @functools.wraps(function)
+        offered = with_options(function, groups)
+
+        @functools.wraps(offered)
         def guarded(*args, **kwargs):
             try:
-                return function(*args, **_given(kwargs, groups))
+                return offered(*args, **kwargs)
             except (ValueError, OSError, RuntimeError) as error:
                 if _options["debug"]:
                     raise
@@ -158,13 +102,6 @@ def command(*groups):
                 print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
                 raise SystemExit(130) from None
 
-        own = [
-            p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD
-        ]
-        parameters = [*own, *(p for group in groups for p in _parameters(group))]
-        parameters = list({p.name: p for p in parameters}.values())
-        guarded.__signature__ = inspect.Signature(parameters)
-        guarded.__annotations__ = {p.name: p.annotation for p in parameters}
         return app.command()(guarded)
 
     return decorate
@@ -178,80 +115,6 @@ def _print_error(error):
     if isinstance(error, RuntimeError) and str(error):
         text = f"{str(error).splitlines()[0]} (--debug shows where)"
     print(f"error{where}: {text}", file=sys.stderr)
-
-
-def _fields(group):
-    """{option: {name of each registered class that has it: field}} of a group."""
-    classes = group.items() if isinstance(group, dict) else [("", group)]
-    fields = {}
-    for name, cls in classes:
-        for field in dataclasses.fields(cls):
-            fields.setdefault(field.name, {})[name] = field
-    return fields
-
-
-def _parameters(group):
-    """The fields of a group as parameters of a command, all of them optional."""
-    for name, owners in _fields(group).items():
-        field = next(iter(owners.values()))
-        choices = field.metadata.get("choices")
-        kind = bool if field.type is bool or field.type == bool | None else None
-        kind = kind or (Literal[*choices] if choices else _plain(field.type))
-        flag = name.replace("_", "-")
-        names = [f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"]
-        names += [f"--{name.upper()}"] if name in ("n", "n0") else []
-        annotation = Annotated[kind | None, typer.Option(*names, help=_help(group, owners))]
-        yield inspect.Parameter(
-            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
-        )
-
-
-def _help(group, owners):
-    """The help of an option: for each meaning and default that it has, whose they are.
-
-    - owners: {name of a class of the group: its field}.
-    """
-    meanings = {}
-    for owner, field in owners.items():
-        text = field.metadata.get("help") or f"Of the {group.kind}."
-        default = None if field.default is dataclasses.MISSING else field.default
-        meanings.setdefault((text, default), []).append(owner)
-    if len(meanings) == 1:
-        ((text, default), names), *_ = meanings.items()
-        text += "" if default in (None, "") else f" [dim]default {default}[/]"
-        everyone = not isinstance(group, dict) or len(names) == len(group)
-        return text if everyone else f"{', '.join(names)}: {text}"
-    parts = []
-    for (text, default), names in meanings.items():
-        end = "" if default in (None, "") else f", [dim]default {default}[/]"
-        parts.append(f"{', '.join(names)}: {text.removesuffix('.')}{end}")
-    return "; ".join(parts) + "."
-
-
-def _plain(annotation):
-    """The plain type of a field: float for `float | None` or `float | np.ndarray`."""
-    return next(
-        t for t in (int, float, str) if t is annotation or t in getattr(annotation, "__args__", ())
-    )
-
-
-def _given(kwargs, groups):
-    """The arguments of a command without the options of its groups that were not given."""
-    optional = {name for group in groups for name in _fields(group)}
-    return {k: v for k, v in kwargs.items() if v is not None or k not in optional}
-
-
-def _take(options, group, name=None):
-    """Make the member of a group that the options describe, and remove those options."""
-    own = {key: options.pop(key) for key in list(options) if key in _fields(group)}
-    if name is None:
-        return group(**own)
-    needed = [f.name for f in dataclasses.fields(group[name]) if f.default is dataclasses.MISSING]
-    if missing := [key for key in needed if key not in own]:
-        raise typer.BadParameter(f"{group.kind} {name} needs --{missing[0]}")
-    if foreign := sorted(set(own) - {f.name for f in dataclasses.fields(group[name])}):
-        raise typer.BadParameter(f"{group.kind} {name} takes no {', '.join(foreign)}")
-    return group.make(name, **own)
 
 
 def _load_model(spec, architecture=None, data=None):
@@ -341,9 +204,9 @@ def certify(
     _check_sigma_file(sigma_file, sigma_steps, noise, options)
     network, header = _load_ensemble(model, vote, weights, consensus, architecture, data)
     if sigma_file is None:
-        smoothing = _take(options, NOISES, noise or "Gaussian")
-    job_sampler = _take(options, SAMPLERS, sampler)
-    examples, engine = _take(options, Examples), _take(options, Engine)
+        smoothing = take(options, NOISES, noise or "Gaussian")
+    job_sampler = take(options, SAMPLERS, sampler)
+    examples, engine = take(options, Examples), take(options, Engine)
     images, labels = datasets.load(header["data"], examples.split, path=data_path)
     index = examples.index(len(images))
     if sigma_file is not None:
@@ -398,10 +261,10 @@ def audit(
 
     Exit code 1 where it fails. A sampler of your own: lib.audit.audit(sampler, noise).
     """
-    chosen = _take(options, SAMPLERS, sampler)
+    chosen = take(options, SAMPLERS, sampler)
     if not chosen.certifies:
         raise typer.BadParameter(f"sampler {sampler} makes no certificates")
-    table = audited(chosen, _take(options, NOISES, noise), runs=runs, seed=seed)
+    table = audited(chosen, take(options, NOISES, noise), runs=runs, seed=seed)
     found, most = verdict(table), worst(table)
     if as_json:
         rows = table.astype(object).where(table.notna(), None).to_dict("records")
@@ -419,7 +282,7 @@ def _check_sigma_file(path, steps, noise, options):
         raise typer.BadParameter(
             "--sigma-steps chooses among the levels of a file: it needs --sigma-file"
         )
-    own = [*(["noise"] if noise else []), *(name for name in options if name in _fields(NOISES))]
+    own = [*(["noise"] if noise else []), *(name for name in options if name in fields(NOISES))]
     if path is not None and own:
         flag = own[0].replace("_", "-")
         raise typer.BadParameter(f"--sigma-file holds the noise and its levels: leave out --{flag}")
@@ -461,8 +324,8 @@ def sigma(
     `certify --sigma-file` then certifies each image at its level, with fresh noise.
     """
     network, header = _load_model(model, architecture, data)
-    ascent, engine = _take(options, Ascent), _take(options, Engine)
-    examples = _take(options, Examples)
+    ascent, engine = take(options, Ascent), take(options, Engine)
+    examples = take(options, Examples)
     images, _ = datasets.load(header["data"], examples.split, path=data_path)
     index = examples.index(len(images))
     settings = {"data": header["data"], "split": examples.split}
@@ -501,9 +364,9 @@ def train(
             "published scripts, certify the result here"
         )
     options.setdefault("augment", data == "cifar10")
-    described = NOISES.describe(_take(options, NOISES, noise))
-    trained_with = LOSSES.describe(_take(options, LOSSES, loss))
-    recipe = Recipe(architecture, data, described, trained_with, _take(options, Schedule))
+    described = NOISES.describe(take(options, NOISES, noise))
+    trained_with = LOSSES.describe(take(options, LOSSES, loss))
+    recipe = Recipe(architecture, data, described, trained_with, take(options, Schedule))
     header = train_network(recipe, out, data_path, pick_device(device), half=False, say=_say)
     print(
         json.dumps(header)
@@ -538,7 +401,7 @@ def quantize(
         raise ValueError(f"{out} exists: a network is quantised once; give another --out")
     network, header = _load_model(model, architecture, data)
     header |= {"name": pathlib.Path(model).name.removesuffix(".safetensors")}
-    smoothing = _take(options, NOISES, noise)
+    smoothing = take(options, NOISES, noise)
     made = quantize_network(out, network, header, smoothing, data_path, images, seed)
     print(
         json.dumps(made)

@@ -1,15 +1,20 @@
-"""Attacks on the smoothed classifier, to hold against its certificates.
+"""Attacks on the smoothed classifier: to hold against its certificates, and to train on.
 
-Projected gradient ascent, Cohen et al. 2019, appendix J.3.
+`attack_smoothed` is the projected gradient ascent of Cohen et al. 2019, appendix J.3, on fresh
+noise at each step. `pgd` and `ddn` are the attacks of SmoothAdv (Salman et al. 2019), on a few
+noises that stay fixed.
 """
 
+import contextlib
 import copy
+import math
 
 import numpy as np
 import torch
 from torch.nn import functional
 
 from lib.checks import check_draws, check_images, check_labels, check_seed
+from lib.copies import log_mean_softmax, logits_of_copies
 from lib.engine.admission import logits_of
 from lib.noise import noise_stream
 
@@ -98,13 +103,9 @@ def _per_example(value, size, name):
     return torch.from_numpy(np.broadcast_to(array, (size,)).copy()).view(-1, 1, 1, 1)
 
 
-def _norm(images):
-    return images.flatten(1).norm(dim=1).view(-1, 1, 1, 1)
-
-
 def _project(delta, radius):
     # 1e-5 inside, so that rounding x + delta seldom reaches the sphere: a certified ball is open.
-    return delta * (radius * (1 - 1e-5) / _norm(delta).clamp_min(TINY)).clamp_max(1)
+    return within(delta, radius * (1 - 1e-5))
 
 
 def _gradient(model, images, y, noise, k, streams, block):
@@ -144,3 +145,83 @@ def _pass(model, images, y, noise, rows, draws, streams):
             "normalisation"
         )
     return torch.autograd.grad(loss, images)[0]
+
+
+def pgd(model, x, y, eps, epsilon, steps):
+    """delta [B, ...] of norm <= epsilon, x + delta in [0, 1], by projected gradient ascent.
+
+    It raises -log mean softmax at y over m noises, on the network in eval mode.
+
+    - x, y: images [B, ...] in [0, 1] and their labels [B].
+    - eps: the noises [B m, ...], those of one image side by side.
+    - epsilon: largest l2 norm, in pixels in [0, 1].
+    - steps: number of steps, each of length 2 epsilon / steps.
+    """
+    delta = torch.zeros_like(x)
+    for _ in range(steps):
+        direction, _ = _direction(model, x, delta, y, eps)
+        moved = (x + delta + 2 * epsilon / steps * direction).clamp(0, 1)
+        delta = within(moved - x, epsilon)
+    return delta
+
+
+def ddn(model, x, y, eps, epsilon, steps, gamma):
+    """The smallest delta found that makes most copies wrong, cut to norm epsilon; 0 where none is.
+
+    The direction and the norm are searched apart: the norm shrinks by gamma where delta
+    suffices and grows by gamma where it does not (Rony et al. 2019). Arguments are those of `pgd`.
+    """
+    delta, best = torch.zeros_like(x), torch.zeros_like(x)
+    farthest = _norm(torch.maximum(x, 1 - x))
+    norm, least = torch.full_like(farthest, epsilon), farthest.clone()
+    for step in range(steps):
+        direction, wrong = _direction(model, x, delta, y, eps)
+        wrong = wrong.view(norm.shape)
+        better = wrong & (_norm(delta) < least)
+        least = torch.where(better, _norm(delta), least)
+        best = torch.where(better, delta, best)
+        rate = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
+        norm = torch.minimum(norm * (1 + gamma * (1 - 2 * wrong.to(norm.dtype))), farthest)
+        delta = norm * normalised(delta + rate * direction)
+        delta = (x + delta).clamp(0, 1) - x
+    return within(best, epsilon)
+
+
+def _direction(model, x, delta, y, eps):
+    """Unit gradient of -log mean softmax at y, and whether most copies are wrong: [B, ...], [B].
+
+    Most copies are wrong where the class of most votes is not y, as in the published code.
+    """
+    m = len(eps) // len(x)
+    with evaluating(model), torch.enable_grad():
+        delta = delta.detach().requires_grad_()
+        logits = logits_of_copies(model, (x + delta).repeat_interleave(m, dim=0) + eps, m)
+        objective = functional.nll_loss(log_mean_softmax(logits), y, reduction="sum")
+        gradient = torch.autograd.grad(objective, delta)[0]
+    return normalised(gradient), logits.detach().argmax(dim=2).mode(dim=1).values != y
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Eval mode, and afterwards each module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _norm(images):
+    return images.flatten(1).norm(dim=1).view(-1, *[1] * (images.ndim - 1))
+
+
+def normalised(gradient):
+    """Gradients of length 1 per image; those that are exactly 0 stay 0."""
+    return gradient / _norm(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
+
+
+def within(delta, epsilon):
+    """Each delta, shortened to norm epsilon where it is longer."""
+    return delta * (epsilon / _norm(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1)

@@ -17,7 +17,6 @@ The arguments of every call:
 - generator: source of all randomness of the call (as `noise.sample` takes it).
 """
 
-import contextlib
 import dataclasses
 import functools
 import math
@@ -25,16 +24,15 @@ import math
 import torch
 from torch.nn import functional
 
+from lib.attacks import ddn, evaluating, normalised, pgd, within
 from lib.checks import check_choice, check_draws
+from lib.copies import additive, fresh_logits, log_mean_softmax, logits_of_copies
 from lib.models import load_checkpoint
 from lib.store.registry import Registry, option
 
 LOSSES = Registry("loss")
 register = LOSSES.register
 ATTACKS, TRAIN = ("pgd", "ddn"), ("each", "mean")
-# Pixels that pass through the network at once. Beyond it the copies pass one noise at a time: the
-# activations of all of them leave the caches, and a step of ResNet-20 takes twice as long.
-ONE_PASS = 2**20
 
 
 @register("gaussian")
@@ -61,7 +59,7 @@ class GaussianLoss:
         return self.m
 
     def __call__(self, model, x, y, noise, generator):
-        logits = _noisy_logits(model, x, noise, generator, self.m)
+        logits = fresh_logits(model, x, noise, generator, self.m)
         return _cross_entropy(logits, y, self.smoothing).mean()
 
 
@@ -90,8 +88,8 @@ class StabilityLoss:
 
     def __call__(self, model, x, y, noise, generator):
         # Two passes: batch norms see clean and noisy images apart, as in the published code.
-        clean = _logits(model, x, 1)[:, 0]
-        noisy = _noisy_logits(model, x, noise, generator, 1)[:, 0]
+        clean = logits_of_copies(model, x, 1)[:, 0]
+        noisy = fresh_logits(model, x, noise, generator, 1)[:, 0]
         stability = functional.cross_entropy(noisy, clean.softmax(dim=1))
         return functional.cross_entropy(clean, y) + self.lbd * stability
 
@@ -142,8 +140,8 @@ class MacerLoss:
     def __call__(self, model, x, y, noise, generator):
         if noise.norm != "l2":
             raise ValueError(f"noise must be Gaussian for MACER's l2 radius; got {noise}")
-        logits = _noisy_logits(model, x, noise, generator, self.k)
-        loss = functional.nll_loss(_log_mean_softmax(logits), y)
+        logits = fresh_logits(model, x, noise, generator, self.k)
+        loss = functional.nll_loss(log_mean_softmax(logits), y)
         if self.lbd:
             sigma = torch.as_tensor(noise.sigma, dtype=logits.dtype, device=logits.device)
             loss = loss + self.lbd * (sigma / 2 * self._hinge(logits, y)).mean()
@@ -189,7 +187,7 @@ class ConsistencyLoss:
         return self.m
 
     def __call__(self, model, x, y, noise, generator):
-        logits = _noisy_logits(model, x, noise, generator, self.m)
+        logits = fresh_logits(model, x, noise, generator, self.m)
         return (_cross_entropy(logits, y) + _consistency(logits, self.lbd, self.eta)).mean()
 
 
@@ -251,16 +249,16 @@ class SmoothAdvLoss:
 
     def _attacked(self, model, x, y, noise, generator):
         """Logits [B, m, classes] of the attacked images under the m noises of the attack."""
-        eps = _additive(x, noise, generator, self.m)
+        eps = additive(x, noise, generator, self.m)
         delta = torch.zeros_like(x)
         if self.epsilon:
-            search = _pgd if self.attack == "pgd" else functools.partial(_ddn, gamma=self.gamma)
+            search = pgd if self.attack == "pgd" else functools.partial(ddn, gamma=self.gamma)
             delta = search(model, x, y, eps, self.epsilon, self.steps)
-        return _logits(model, (x + delta).repeat_interleave(self.m, dim=0) + eps, self.m)
+        return logits_of_copies(model, (x + delta).repeat_interleave(self.m, dim=0) + eps, self.m)
 
     def _outer(self, logits, y):
         if self.train == "mean":
-            return functional.nll_loss(_log_mean_softmax(logits), y, reduction="none")
+            return functional.nll_loss(log_mean_softmax(logits), y, reduction="none")
         return _cross_entropy(logits, y)
 
 
@@ -330,22 +328,22 @@ class CatRsLoss:
         return self.m * (self.steps + 2)
 
     def __call__(self, model, x, y, noise, generator):
-        eps = _additive(x, noise, generator, self.m)
+        eps = additive(x, noise, generator, self.m)
         copies = x.repeat_interleave(self.m, dim=0)
-        logits = _logits(model, copies + eps, self.m)
+        logits = logits_of_copies(model, copies + eps, self.m)
         target = self._target(logits, copies + eps)
         accept = self._accepted(logits, y, generator)
         losses = _each_cross_entropy(logits, y).sort(dim=1).values
         low = (losses * (torch.arange(self.m, device=x.device) < accept[:, None])).mean(dim=1)
-        attacked = _logits(model, copies + self._attack(model, copies, eps, target), self.m)
-        high = _divergence(target, attacked).amax(dim=1)
+        attacked = copies + self._attack(model, copies, eps, target)
+        high = _divergence(target, logits_of_copies(model, attacked, self.m)).amax(dim=1)
         return (low + self.lbd * high * (accept == self.m)).mean()
 
     @torch.no_grad()
     def _target(self, logits, noisy):
         """Class probabilities [B, classes] that `high` holds the attacked copies to."""
         if self.teacher:
-            logits = _logits(_teacher(self.teacher, noisy.device), noisy, self.m)
+            logits = logits_of_copies(_teacher(self.teacher, noisy.device), noisy, self.m)
         return logits.softmax(dim=2).mean(dim=1)
 
     @torch.no_grad()
@@ -359,12 +357,13 @@ class CatRsLoss:
         """Noise [B m, ...] at which the predictions leave the target."""
         attacked, (mean, size) = eps, _moments(eps)
         for _ in range(self.steps if self.epsilon else 0):
-            with _evaluating(model), torch.enable_grad():
+            with evaluating(model), torch.enable_grad():
                 attacked = attacked.detach().requires_grad_()
-                objective = _divergence(target, _logits(model, copies + attacked, self.m)).sum()
-                direction = _normalised(torch.autograd.grad(objective, attacked)[0])
+                logits = logits_of_copies(model, copies + attacked, self.m)
+                objective = _divergence(target, logits).sum()
+                direction = normalised(torch.autograd.grad(objective, attacked)[0])
             step = 2 * self.epsilon / self.steps * direction
-            attacked = eps + _within(attacked.detach() + step - eps, self.epsilon)
+            attacked = eps + within(attacked.detach() + step - eps, self.epsilon)
             now, scale = _moments(attacked)
             attacked = mean + (attacked - now) / scale * size
         return attacked
@@ -375,43 +374,6 @@ def _check_range(low, high, **values):
     for name, value in values.items():
         if not isinstance(value, int | float) or not low <= value < high:
             raise ValueError(f"{name} must be a number in [{low}, {high}); got {value!r}")
-
-
-def _noisy(x, noise, generator, m):
-    """m noisy copies of each image, those of one image side by side: [B m, ...]."""
-    index = torch.arange(len(x)).repeat_interleave(m).numpy()
-    return noise.select(index).sample(x.repeat_interleave(m, dim=0), generator).to(x.dtype)
-
-
-def _additive(x, noise, generator, m):
-    """The noise itself, [B m, ...], for losses that hold it fixed while the image moves."""
-    if noise.norm == "l0":
-        raise ValueError(f"noise must be added to the image for this loss; got {noise}")
-    return _noisy(torch.zeros_like(x), noise, generator, m)
-
-
-def _logits(model, images, m):
-    """Logits [B, m, classes] of m copies each; at least float32, also under autocast.
-
-    Batch norms in training mode see all copies together, or one noise of each image (ONE_PASS).
-    """
-    if images.numel() <= ONE_PASS:
-        logits = model(images).unflatten(0, (-1, m))
-    else:
-        layout = torch.channels_last if images.ndim == 4 else torch.contiguous_format
-        noises = images.unflatten(0, (-1, m)).unbind(dim=1)
-        logits = torch.stack([model(x.contiguous(memory_format=layout)) for x in noises], dim=1)
-    return logits if logits.dtype == torch.float64 else logits.float()
-
-
-def _noisy_logits(model, x, noise, generator, m):
-    """Logits [B, m, classes] of m fresh noisy copies of each image."""
-    return _logits(model, _noisy(x, noise, generator, m), m)
-
-
-def _log_mean_softmax(logits):
-    """log of the mean over the copies of softmax: [B, classes] from [B, m, classes]."""
-    return logits.log_softmax(dim=2).logsumexp(dim=1) - math.log(logits.shape[1])
 
 
 def _each_cross_entropy(logits, y, smoothing=0.0):
@@ -436,36 +398,10 @@ def _divergence(target, logits):
 
 def _consistency(logits, lbd, eta):
     """lbd mean_i KL(p, p_i) + eta H(p) of each example, p the mean of the p_i: [B]."""
-    log_mean = _log_mean_softmax(logits)
+    log_mean = log_mean_softmax(logits)
     mean = log_mean.exp()
     divergence = (mean[:, None] * (log_mean[:, None] - logits.log_softmax(dim=2))).sum(dim=2)
     return lbd * divergence.mean(dim=1) - eta * (mean * log_mean).sum(dim=1)
-
-
-@contextlib.contextmanager
-def _evaluating(model):
-    """Eval mode, and afterwards each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-def _norm(images):
-    return images.flatten(1).norm(dim=1).view(-1, *[1] * (images.ndim - 1))
-
-
-def _normalised(gradient):
-    """Gradients of length 1 per image; those that are exactly 0 stay 0."""
-    return gradient / _norm(gradient).clamp_min(torch.finfo(gradient.dtype).tiny)
-
-
-def _within(delta, epsilon):
-    """Each delta, shortened to norm epsilon where it is longer."""
-    return delta * (epsilon / _norm(delta).clamp_min(torch.finfo(delta.dtype).tiny)).clamp_max(1)
 
 
 def _moments(images):
@@ -473,52 +409,6 @@ def _moments(images):
     shape = (-1, *[1] * (images.ndim - 1))
     flat = images.flatten(1)
     return flat.mean(dim=1).view(shape), flat.square().mean(dim=1).sqrt().view(shape)
-
-
-def _direction(model, x, delta, y, eps):
-    """Unit gradient of -log mean softmax at y, and whether most copies are wrong: [B, ...], [B].
-
-    Most copies are wrong where the class of most votes is not y, as in the published code.
-    """
-    m = len(eps) // len(x)
-    with _evaluating(model), torch.enable_grad():
-        delta = delta.detach().requires_grad_()
-        logits = _logits(model, (x + delta).repeat_interleave(m, dim=0) + eps, m)
-        objective = functional.nll_loss(_log_mean_softmax(logits), y, reduction="sum")
-        gradient = torch.autograd.grad(objective, delta)[0]
-    return _normalised(gradient), logits.detach().argmax(dim=2).mode(dim=1).values != y
-
-
-def _pgd(model, x, y, eps, epsilon, steps):
-    """delta [B, ...] of norm <= epsilon, x + delta in [0, 1], by projected gradient ascent."""
-    delta = torch.zeros_like(x)
-    for _ in range(steps):
-        direction, _ = _direction(model, x, delta, y, eps)
-        moved = (x + delta + 2 * epsilon / steps * direction).clamp(0, 1)
-        delta = _within(moved - x, epsilon)
-    return delta
-
-
-def _ddn(model, x, y, eps, epsilon, steps, gamma):
-    """The smallest delta found that makes most copies wrong, cut to norm epsilon; 0 where none is.
-
-    The direction and the norm are searched apart: the norm shrinks by gamma where delta
-    suffices and grows by gamma where it does not (Rony et al. 2019).
-    """
-    delta, best = torch.zeros_like(x), torch.zeros_like(x)
-    farthest = _norm(torch.maximum(x, 1 - x))
-    norm, least = torch.full_like(farthest, epsilon), farthest.clone()
-    for step in range(steps):
-        direction, wrong = _direction(model, x, delta, y, eps)
-        wrong = wrong.view(norm.shape)
-        better = wrong & (_norm(delta) < least)
-        least = torch.where(better, _norm(delta), least)
-        best = torch.where(better, delta, best)
-        rate = 0.01 + 0.99 * (1 + math.cos(math.pi * step / steps)) / 2
-        norm = torch.minimum(norm * (1 + gamma * (1 - 2 * wrong.to(norm.dtype))), farthest)
-        delta = norm * _normalised(delta + rate * direction)
-        delta = (x + delta).clamp(0, 1) - x
-    return _within(best, epsilon)
 
 
 @functools.lru_cache(maxsize=4)

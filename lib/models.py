@@ -189,7 +189,7 @@ def ensemble_header(ensemble, headers):
 def _build_from(header):
     """The network of a checkpoint of ours, with fresh weights."""
     if header["architecture"] != "ensemble":
-        classes = len(header.get("experts", "").split()) or None  # of a router (lib.train.Recipe)
+        classes = len(header.get("experts", "").split()) or None  # of a router (lib.recipes.Recipe)
         return build(header["architecture"], header["data"], classes)
     members = [_build_from(member) for member in header["members"]]
     return Ensemble(members, header["vote"], header["weights"], header["consensus"])

@@ -1,16 +1,14 @@
 """Experiments by name: networks and records, loaded where committed, computed where they are not.
 
-The table of experiments is data/experiments.toml.
+lib.experiments is their table. `python -m lib.zoo` trains and counts what is committed again.
 """
 
 import dataclasses
 import fnmatch
 import functools
-import itertools
 import pathlib
 import sys
 import tempfile
-import tomllib
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -19,140 +17,27 @@ from lib.checks import check_choice
 from lib.data import content_hash, load
 from lib.engine.jobs import Job, run
 from lib.engine.moments import load_moments, measure_moments, save_moments
-from lib.engine.readouts import Readout, readout
 from lib.ensemble import Ensemble
+from lib.experiments import (
+    DATA,
+    ENSEMBLES,
+    MODELS,
+    PUBLISHED,
+    RUNS,
+    expand_readouts,
+    recipe_of,
+)
+from lib.inventory import model_table, record_table, with_table
 from lib.models import load_checkpoint, model_hash
 from lib.noise import restore_noise
+from lib.recipes import quantize_network, train
 from lib.samplers import RecordVotes
 from lib.sigma import Ascent, load_sigma, search
-from lib.store.files import sha256
 from lib.store.logs import read_log
 from lib.store.published import read_published
 from lib.store.records import load_counts
-from lib.train import Recipe, Schedule, quantize_network, train
 
-DATA = pathlib.Path(__file__).parent.parent / "data"
-# Usual settings of the engine, by data set: part of what a record is, so never chosen by timing.
-ENGINES = {
-    "digits": {"dtype": "float32", "block": 400, "layout": "contiguous", "compile": False},
-    "cifar10": {"dtype": "bfloat16", "block": 64, "layout": "channels_last", "compile": False},
-}
 ROUNDS = 20  # steps in which a long record is stored
-
-
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """How a record is counted.
-
-    - model: name of the network or ensemble. noise: description of the noise of the votes.
-    - n: draws of each test image. stride: between the test images. seed: of the noise.
-    - engine: settings of the base classifier (dtype, block, layout, compile).
-    - readouts: of an ensemble, names of lib.engine.readouts with spaces between them, as
-      `expand_readouts` reads them: its networks are counted in one pass.
-    - of, steps: where steps > 0, each image has the level that algorithm 1 finds in so many steps
-      from the noise of the run `of` (`sigma`), on so many noisy copies a step (`copies`).
-    """
-
-    model: str
-    noise: dict
-    n: int
-    stride: int = 1
-    seed: int = 0
-    engine: dict = dataclasses.field(default_factory=dict)
-    readouts: str = ""
-    of: str = ""
-    steps: int = 0
-    copies: int = 1
-
-
-def expand(entry):
-    """The experiments [(name, fields)] that one entry of the table stands for."""
-    axes = {key: value for key, value in entry.items() if isinstance(value, list)}
-    experiments = []
-    for values in itertools.product(*axes.values()):
-        fields = entry | dict(zip(axes, values, strict=True))
-        texts = {key: value.format(**fields) for key, value in fields.items() if type(value) is str}
-        fields |= texts
-        if "sigma" in fields:
-            fields["noise"] = {"name": "Gaussian", "sigma": float(fields.pop("sigma"))}
-        experiments.append((fields.pop("name"), fields))
-    return experiments
-
-
-def read_table(path=DATA / "experiments.toml"):
-    """({name: Recipe}, {name: Run}, {name: networks}) of the table of experiments.
-
-    The third are the ensembles: names of networks that vote together, in the order of the members.
-
-    Raises ValueError where a name occurs twice or a network is missing.
-    """
-    table = tomllib.loads(pathlib.Path(path).read_text())
-    schedule = [field.name for field in dataclasses.fields(Schedule)]
-    models, runs = {}, {}
-    for name, fields in itertools.chain.from_iterable(map(expand, table["model"])):
-        check_choice((False,), **{f"{name} twice in {path}": name in models})
-        options = {key: fields.pop(key) for key in schedule if key in fields}
-        models[name] = Recipe(**fields, schedule=Schedule(**options))
-    ensembles = {name: members.split() for name, members in table.get("ensembles", {}).items()}
-    for name, members in ensembles.items():
-        for member in members:
-            check_choice(models, **{f"a member of {name}": member})
-    for name, fields in itertools.chain.from_iterable(map(expand, table["record"])):
-        check_choice((False,), **{f"{name} twice in {path}": name in runs})
-        if "of" in fields:
-            check_choice(runs, of=fields["of"])
-            same = {key: getattr(runs[fields["of"]], key) for key in ("model", "noise", "stride")}
-            fields = same | fields
-        check_choice([*models, *ensembles], model=fields["model"])
-        (first, *_) = ensembles.get(fields["model"], [fields["model"]])
-        engine = ENGINES[models[first].data] | fields.pop("engine", {})
-        runs[name] = Run(**fields, engine=engine)
-    return models, runs, ensembles
-
-
-MODELS, RUNS, ENSEMBLES = read_table()
-
-
-def recipe_of(name):
-    """The recipe of a network, or of the first of an ensemble."""
-    return MODELS[ENSEMBLES.get(name, [name])[0]]
-
-
-# Logs that others published: in a packed file, or a file of their own and what is true of it.
-METHODS = ("cohen", "stab", "salman", "macer", "consistency", "cat-rs")
-PUBLISHED = {
-    f"cifar10-resnet110-{method}-sigma{sigma:.2f}": "cifar10-resnet110"
-    for method in METHODS
-    for sigma in (0.25, 0.5, 1.0)
-}
-PUBLISHED |= {
-    f"imagenet-resnet50-consistency-sigma{sigma:.2f}": {
-        "sigma": sigma,
-        "method": "consistency",
-        "architecture": "ResNet-50",
-        "data": "ImageNet validation, 500 images: 0, 100, ..., 49,900",
-        "n0": 100,
-        "n": 100_000,
-        "alpha": 0.001,
-        "source": "https://github.com/jh-jeong/smoothing-consistency",
-        "licence": "MIT",
-        "commit": "a11954aa91adb9924eecf49aaca74051e79bbb86",
-        "path": f"data/certify/imagenet/consistency/cohen/num_2/lbd_5.0/{path}",
-        "sha256": digest,
-    }
-    for sigma, path, digest in (
-        (
-            0.5,
-            "eta_0.5/noise_0.50",
-            "123a2c82fb044ace8db3776c1b6f84d651ebd4dcf421aaff40ab16ae73c3fc44",
-        ),
-        (
-            1.0,
-            "eta_0.1/noise_1.00",
-            "5f0390cdfa227e6193fa9931c47e77d5c35a887928f984ab9d3595b9de322593",
-        ),
-    )
-}
 
 
 def model(name, folder=DATA / "models"):
@@ -337,35 +222,6 @@ def _counted(job, n):
         return load_counts(out.with_name("record.npz"))
 
 
-def expand_readouts(text, header):
-    """The names of the readouts of an ensemble that a table's text stands for.
-
-    "member:*" is each member, "seeds:0-4" the soft vote of the members of these seeds,
-    "subsets:0-4" that of every subset of these members, and "weighted:0-9" without weights gets
-    those that the checkpoint's header holds.
-
-    - text: names with spaces between them. header: of the ensemble's checkpoint, with its members.
-    """
-    seeds, names = [member["seed"] for member in header["members"]], []
-    for name in text.split():
-        kind, members = name.split(":", 1)
-        if members == "*":
-            names += [f"{kind}:{i}" for i in range(len(seeds))]
-        elif kind == "seeds":
-            chosen = readout(f"soft:{members}").members
-            names.append(Readout(sorted(seeds.index(seed) for seed in chosen)).name)
-        elif kind == "subsets":
-            every = readout(f"soft:{members}").members
-            for size in range(1, len(every) + 1):
-                names += [Readout(part).name for part in itertools.combinations(every, size)]
-        elif kind == "weighted" and ":" not in members:
-            weights = ",".join(map(str, header["best_weights"]))
-            names.append(readout(f"{name}:{weights}").name)
-        else:
-            names.append(readout(name).name)
-    return names
-
-
 def moments(name, folder=DATA / "records"):
     """Moments of the logits of an ensemble's networks, loaded from data/records."""
     check_choice(ENSEMBLES, moments=name)
@@ -457,80 +313,6 @@ def cifar10(data_path, out=DATA):
 
 def _say(text):
     tqdm.write(text, file=sys.stderr)
-
-
-def model_table(folder=DATA / "models"):
-    """The committed networks as Markdown lines, from the table and the files' headers."""
-    head = "network | architecture | data | loss | noise | epochs | seed | noisy accuracy | SHA-256"
-    rows = []
-    networks = {n + end: recipe for n, recipe in MODELS.items() for end in ("", ".int8")}
-    for name, recipe in networks.items():
-        path = pathlib.Path(folder) / f"{name}.safetensors"
-        if not path.exists():
-            continue
-        accuracy = load_checkpoint(path)[1].get("noisy_accuracy")
-        rows.append(
-            [
-                f"`{name}`",
-                recipe.architecture,
-                recipe.data,
-                _words(recipe.loss),
-                _words(recipe.noise),
-                recipe.schedule.epochs,
-                recipe.schedule.seed,
-                "" if accuracy is None else f"{accuracy:.4f}",
-                f"`{sha256(path.read_bytes())[:16]}`",
-            ]
-        )
-    return _markdown(head.split(" | "), rows)
-
-
-def record_table(folder=DATA / "records"):
-    """The committed records as Markdown lines, from the table and the files' headers."""
-    head = "record | network | noise | draws | planned | images | precision | seed"
-    rows = []
-    for name, run_ in RUNS.items():
-        path = pathlib.Path(folder) / f"{name}.npz"
-        if not path.exists():
-            continue
-        stored = load_counts(path)
-        unfinished = "" if stored.draws == run_.n else " (unfinished)"
-        rows.append(
-            [
-                f"`{name}`",
-                f"`{stored.header['model']}`",
-                _words(stored.header["noise"]),
-                f"{stored.draws:,}{unfinished}",
-                f"{run_.n:,}",
-                f"{len(stored.index)}, every {run_.stride}" if run_.stride > 1 else "all",
-                stored.header["dtype"],
-                stored.header["seed"],
-            ]
-        )
-    return _markdown(head.split(" | "), rows)
-
-
-def _words(description):
-    rest = [
-        f"{key} {value if np.ndim(value) == 0 else f'per image, mean {np.mean(value):.3f}'}"
-        for key, value in description.items()
-        if key != "name"
-    ]
-    return " ".join([description["name"], *rest])
-
-
-def _markdown(head, rows):
-    lines = [head, ["---"] * len(head), *rows]
-    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in lines)
-
-
-MARKS = ("<!-- generated by python -m lib.zoo tables -->\n", "<!-- end -->\n")
-
-
-def with_table(text, table):
-    """A README's text with `table` between its two marks."""
-    before, rest = text.split(MARKS[0])
-    return before + MARKS[0] + table + MARKS[1] + rest.split(MARKS[1])[1]
 
 
 def main(what, *arguments):

@@ -6,11 +6,14 @@ Where the best attack is known, it is as strong as that.
 import numpy as np
 import pytest
 import torch
+from test_losses import batch
+from test_losses import network as smooth_network
 from torch import nn
 
 from lib import attacks, zoo
-from lib.attacks import STREAMS, attack_smoothed
+from lib.attacks import STREAMS, attack_smoothed, ddn, pgd, within
 from lib.certify import ABSTAIN, certify, predict
+from lib.copies import log_mean_softmax, logits_of_copies
 from lib.data import load
 from lib.engine.classifier import BaseClassifier
 from lib.engine.live import ModelCounts
@@ -293,3 +296,31 @@ def test_unbounded_counts_admit_any_finite_pixel_and_no_other(digits):
         broken[3, 0, 2, 2] = bad
         with pytest.raises(ValueError, match="finite pixels"):
             ModelCounts(base, broken, NOISE, bounded=False)
+
+
+@pytest.mark.parametrize("search", ["pgd", "ddn"])
+def test_attacks_stay_in_the_ball_and_in_the_pixel_range(search):
+    model, (x, y) = smooth_network().eval(), batch()
+    eps = Gaussian(0.25).sample(x.repeat_interleave(2, 0) * 0, torch.Generator().manual_seed(0))
+    for epsilon in (0.1, 1.0, 5.0):
+        if search == "pgd":
+            delta = pgd(model, x, y, eps, epsilon, 6)
+        else:
+            delta = ddn(model, x, y, eps, epsilon, 6, 0.05)
+        assert delta.flatten(1).norm(dim=1).max() <= epsilon * (1 + 1e-5)
+        assert (x + delta).min() >= -1e-6
+        assert (x + delta).max() <= 1 + 1e-6
+        assert delta.abs().max() > 0
+
+
+def test_the_attack_raises_the_loss_more_than_chance():
+    model, (x, y) = smooth_network().eval().requires_grad_(False), batch()
+    eps = Gaussian(0.25).sample(x.repeat_interleave(4, 0) * 0, torch.Generator().manual_seed(0))
+    delta = pgd(model, x, y, eps, 0.5, 10)
+    chance = torch.randn(x.shape, generator=torch.Generator().manual_seed(1))
+    chance = within(chance, 0.5)
+    found = []
+    for shift in (torch.zeros_like(x), chance, delta):
+        logits = logits_of_copies(model, (x + shift).repeat_interleave(4, 0) + eps, 4)
+        found.append(float(-log_mean_softmax(logits)[torch.arange(16), y].mean()))
+    assert found[2] - found[0] > 3 * abs(found[1] - found[0])

@@ -3,14 +3,12 @@ it had not been.
 """
 
 import csv
-import dataclasses
 import datetime
 import fcntl
 import json
 import os
 import pathlib
 import random
-import re
 import subprocess
 import sys
 import time
@@ -19,13 +17,12 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from test_zoo import made_up_cifar10
+from test_recipes import made_up_cifar10
 from typer.testing import CliRunner
 
 import lib
 from lib import __main__ as cli
-from lib import data, zoo
-from lib import train as training
+from lib import data, recipes, zoo
 from lib.certify import certify
 from lib.counts import RecordedCounts
 from lib.engine import jobs
@@ -159,27 +156,6 @@ def test_the_log_and_the_record_are_those_of_the_library(reference):
         "small.tsv.journal",
         "small.tsv.npz",
     ]
-
-
-@pytest.mark.parametrize(
-    ("options", "expected"),
-    [
-        ("--skip 100", [0, 100, 200, 300]),
-        ("--skip 20 --max 60", [0, 20, 40]),
-        ("--start 7 --stop 10", [7, 8, 9]),
-        ("--start 5 --skip 4 --stop 14", [8, 12]),
-        ("--skip 150 --max -1 --start 1", [150, 300]),
-        ("--start 358 --stop 1000", [358, 359]),
-    ],
-)
-def test_examples_are_chosen_by_the_conventions_of_cohens_code(options, expected):
-    """Those scripts loop over all indices, break at max or stop, and pass over those below start or
-    not divisible by skip.
-    """
-    names = [name.removeprefix("--") for name in options.split()[::2]]
-    values = map(int, options.split()[1::2])
-    index = cli.Examples(**dict(zip(names, values, strict=True))).index(360)
-    assert index.tolist() == expected
 
 
 def test_an_example_is_the_same_in_any_selection(reference, tmp_path):
@@ -793,7 +769,7 @@ TRAIN = ["train", "--architecture", "mlp", "--sigma", "0.25", "--epochs", "3", "
 
 def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
     done(*TRAIN, "--out", tmp_path / "whole.safetensors")
-    out, watch, calls = tmp_path / "cut.safetensors", training.noisy_accuracy, []
+    out, watch, calls = tmp_path / "cut.safetensors", recipes.noisy_accuracy, []
 
     def interrupted(*arguments, **named):
         calls.append(1)
@@ -801,7 +777,7 @@ def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return watch(*arguments, **named)
 
-    monkeypatch.setattr(training, "noisy_accuracy", interrupted)
+    monkeypatch.setattr(recipes, "noisy_accuracy", interrupted)
     assert "the same command continues" in refused(*TRAIN, "--out", out, code=130)
     assert load_checkpoint(out)[1]["epoch"] == 1
     assert "lr = 0.1, not 0.2" in refused(*TRAIN, "--lr", 0.2, "--out", out)
@@ -826,7 +802,7 @@ def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
     [("--augment", True), ("", False), ("--data cifar10 --data-path data.npz", True)],
 )
 def test_training_is_told_what_was_asked(tmp_path, monkeypatch, options, augment):
-    told, fit = [], training.fit
+    told, fit = [], recipes.fit
     monkeypatch.chdir(tmp_path)
     made_up_cifar10(tmp_path / "data.npz")
 
@@ -834,7 +810,7 @@ def test_training_is_told_what_was_asked(tmp_path, monkeypatch, options, augment
         told.append(arguments[5])
         return fit(*arguments, **named)
 
-    monkeypatch.setattr(training, "fit", spy)
+    monkeypatch.setattr(recipes, "fit", spy)
     asked = [
         "--epochs",
         1,
@@ -1013,21 +989,6 @@ def helped(command, option, monkeypatch):
 def test_help_tells_whose_an_option_is(command, option, text, monkeypatch):
     """An option of several losses or samplers has the meaning and the default of each."""
     assert helped(command, option, monkeypatch) == text
-
-
-@pytest.mark.parametrize("registry", [cli.LOSSES, cli.SAMPLERS, cli.NOISES], ids=lambda r: r.kind)
-def test_the_help_has_every_default(registry):
-    said = {p.name: p.annotation.__metadata__[0].help for p in cli._parameters(registry)}
-    for name, cls in registry.items():
-        for field in dataclasses.fields(cls):
-            text = field.metadata.get("help", f"Of the {registry.kind}.").removesuffix(".")
-            default = field.default
-            if default not in (dataclasses.MISSING, None, ""):
-                text = rf"{re.escape(text)}[.,] \[dim\]default {re.escape(str(default))}\[/\]"
-            else:
-                text = re.escape(text)
-            whose = rf"([\w-]+, )*{name}(, [\w-]+)*: " if ": " in said[field.name] else ""
-            assert re.search(whose + text, said[field.name]), (name, field.name)
 
 
 def test_version():

@@ -17,6 +17,7 @@ from lib.certify import ABSTAIN, certify
 from lib.counts import RecordedCounts, SimulatedCounts
 from lib.data import load
 from lib.engine.classifier import BaseClassifier
+from lib.experiments import ENGINES
 from lib.noise import Gaussian, Uniform
 from lib.sigma import (
     Objective,
@@ -434,7 +435,7 @@ def test_levels_found_on_eight_copies_are_another_path_of_the_zoo():
     found = zoo.sigma(name, copies=8)
     assert (found.header["n"], found.header["sigma0"]) == (8, 0.25)
     x, _ = load("digits", "test")
-    base = BaseClassifier(zoo.model(name), x.shape[1:], **zoo.ENGINES["digits"])
+    base = BaseClassifier(zoo.model(name), x.shape[1:], **ENGINES["digits"])
     _, path = optimize_sigma(base, x[:10], 0.25, 100, n=8, return_path=True)
     np.testing.assert_allclose(found.levels[:2, :10], path, atol=1e-5)
     record = zoo.record(f"{name}-ds-n8-k100")

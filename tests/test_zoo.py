@@ -5,22 +5,18 @@ import pathlib
 
 import numpy as np
 import pytest
-import torch
+from test_recipes import made_up_cifar10, short
 
-from lib import train as training
-from lib import zoo
+from lib import recipes, zoo
 from lib.data import load
 from lib.engine import jobs
 from lib.ensemble import noisy_logits
 from lib.models import load_checkpoint, model_hash
 from lib.noise import Gaussian
-from lib.sigma import best_expert
 from lib.store.records import load_counts
-from lib.train import Recipe, Schedule
 
 NAME = "digits-cnn-sigma0.25-n1000"
 RECORDS = zoo.DATA / "records"
-DIGITS = [name for name, recipe in zoo.MODELS.items() if recipe.data == "digits"]
 
 
 def test_a_committed_record_is_counted_again():
@@ -49,19 +45,6 @@ def test_records_belong_to_the_committed_networks(name):
     assert record.index.tolist() == list(range(0, len(labels), run.stride))
     if data == "digits":
         np.testing.assert_array_equal(record.labels, labels[record.index])
-
-
-@pytest.mark.parametrize(
-    ("folder", "table"), [("models", zoo.model_table), ("records", zoo.record_table)]
-)
-def test_the_tables_of_the_readmes_are_not_stale(folder, table):
-    """They are written by python -m lib.zoo tables."""
-    text = (zoo.DATA / folder / "README.md").read_text()
-    assert zoo.with_table(text, table()) == text
-    names = {path.stem for path in (zoo.DATA / folder).glob("*.[ns]*") if path.suffix != ".tsv"}
-    measured = {f"{name}.moments" for name in zoo.ENSEMBLES}
-    names = {name.removesuffix(".int8") for name in names}  # quantised, beside the original
-    assert names <= {*zoo.MODELS, *zoo.RUNS, *measured}
 
 
 def test_a_record_stopped_and_continued_equals_one_counted_at_once(tmp_path, monkeypatch):
@@ -115,27 +98,6 @@ def test_a_record_of_some_images_holds_their_votes_and_labels(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["some.npz"]
 
 
-def test_a_router_is_trained_to_name_the_best_expert(tmp_path):
-    """As many answers as experts; its accuracy is that on the experts' labels."""
-    experts = ["digits-cnn-sigma0.12", "digits-cnn-sigma0.50"]
-    for name in experts:
-        file = f"{name}.safetensors"
-        (tmp_path / file).write_bytes((zoo.DATA / "models" / file).read_bytes())
-    noise = {"name": "Gaussian", "sigma": 0.5}
-    recipe = Recipe("small_cnn", "digits", noise, {"name": "gaussian"}, Schedule(epochs=2))
-    recipe = dataclasses.replace(recipe, experts=" ".join(experts), threads=1)
-    path = tmp_path / "router.safetensors"
-    header = training.train(recipe, path)
-    router, (x, y) = load_checkpoint(path)[0], load("digits", "test")
-    assert router(x[:5]).shape == (5, 2)
-    networks = [zoo.model(name) for name in experts]
-    wanted = best_expert(networks, [Gaussian(0.12), Gaussian(0.5)], x, y, seed=9)
-    again = training.noisy_accuracy(router, Gaussian(0.5), x, wanted)
-    assert header["noisy_accuracy"] == pytest.approx(again)
-    assert header["experts"] == recipe.experts
-    assert "experts" not in zoo.MODELS[experts[0]].header()
-
-
 def test_whether_a_record_is_committed(tmp_path):
     assert zoo.committed(NAME)
     assert not zoo.committed(NAME, tmp_path)
@@ -146,68 +108,6 @@ def test_a_record_that_is_missing_is_counted(tmp_path, monkeypatch):
     monkeypatch.setitem(zoo.RUNS, NAME, dataclasses.replace(zoo.RUNS[NAME], n=30))
     assert zoo.record(NAME, folder=tmp_path).draws == 30
     assert load_counts(tmp_path / f"{NAME}.npz").draws == 30
-
-
-def test_one_entry_of_the_table_stands_for_many(tmp_path):
-    text = """
-[[model]]
-name = "m-{sigma:.2f}-{seed}"
-architecture = "mlp"
-data = "digits"
-sigma = [0.25, 0.5]
-seed = [0, 1, 2]
-lr = 0.2
-[[model]]
-name = "l1"
-architecture = "mlp"
-data = "digits"
-noise = {name = "Gaussian", sigma = 2.0}
-loss = {name = "gaussian", smoothing = 0.1}
-[[record]]
-name = "r-{sigma:.2f}"
-model = "m-{sigma:.2f}-1"
-sigma = [0.25, 0.5]
-n = 10
-engine = {block = 7}
-"""
-    path = tmp_path / "table.toml"
-    path.write_text(text)
-    models, runs, _ = zoo.read_table(path)
-    assert list(models) == [f"m-{s}-{k}" for s in ("0.25", "0.50") for k in (0, 1, 2)] + ["l1"]
-    assert models["m-0.50-2"] == Recipe(
-        "mlp", "digits", {"name": "Gaussian", "sigma": 0.5}, schedule=Schedule(seed=2, lr=0.2)
-    )
-    assert models["l1"].loss == {"name": "gaussian", "smoothing": 0.1}
-    assert runs["r-0.50"].model == "m-0.50-1"
-    assert runs["r-0.50"].engine == zoo.ENGINES["digits"] | {"block": 7}
-    path.write_text(text.replace("r-{sigma:.2f}", "r"))
-    with pytest.raises(ValueError, match="r twice"):
-        zoo.read_table(path)
-    path.write_text(text.replace("m-{sigma:.2f}-1", "gone"))
-    with pytest.raises(ValueError, match="model must be one of"):
-        zoo.read_table(path)
-
-
-def test_networks_are_chosen_on_images_that_are_never_certified(monkeypatch):
-    """Noisy accuracy is measured at the given noise, on images of which no record at a stride of
-    20 holds any."""
-    asked, counts = [], training.ModelCounts
-
-    def spy(base, x, noise, index, **settings):
-        asked.append((noise.sigma, index.tolist()))
-        return counts(base, x, noise, index=index, **settings)
-
-    monkeypatch.setattr(training, "ModelCounts", spy)
-    network, noise = (
-        zoo.model("digits-cnn-sigma0.25"),
-        training.restore_noise(zoo.MODELS["digits-cnn-sigma0.25"].noise),
-    )
-    accuracy = training.noisy_accuracy(network, noise, *load("digits", "test"), draws=400)
-    assert asked == [(0.25, list(range(1, 360, 20)))]
-    record = zoo.record("digits-cnn-sigma0.25")
-    votes = record.counts[1::20]
-    fraction = votes[np.arange(18), record.labels[1::20]].sum() / votes.sum()
-    assert accuracy == pytest.approx(fraction, abs=4.5 * 0.5 / np.sqrt(18 * 400))
 
 
 @pytest.mark.parametrize("name", [n for n in zoo.RUNS if f"{n}-seed" in zoo.RUNS[n].model])
@@ -231,53 +131,6 @@ def test_the_long_record_agrees_with_the_short_one():
     assert z.std() == pytest.approx(1, abs=0.15)
 
 
-def test_training_repeats_the_committed_weights_or_nearly(tmp_path):
-    """The same recipe makes a network of the same quality everywhere."""
-    training.train(zoo.MODELS["digits-cnn-sigma0.25"], tmp_path / "again.safetensors")
-    again, header = load_checkpoint(tmp_path / "again.safetensors")
-    x, y = load("digits", "test")
-    with torch.no_grad():
-        accuracy = [
-            float((network(x).argmax(1) == y).float().mean())
-            for network in (again, zoo.model("digits-cnn-sigma0.25"))
-        ]
-    assert header["noise"] == {"name": "Gaussian", "sigma": 0.25}
-    assert abs(accuracy[0] - accuracy[1]) <= 0.02
-
-
-def made_up_cifar10(path, seed=0):
-    """An npz like Keras's of CIFAR-10, of 256 random training and 60 test images."""
-    rng = np.random.default_rng(seed)
-    arrays = {}
-    for part, size in (("train", 256), ("test", 60)):
-        arrays[f"x_{part}"] = rng.integers(0, 256, (size, 32, 32, 3), dtype=np.uint8)
-        arrays[f"y_{part}"] = rng.integers(0, 10, (size, 1))
-    np.savez(path, **arrays)
-    return path
-
-
-def short(recipe, epochs):
-    return dataclasses.replace(recipe, schedule=dataclasses.replace(recipe.schedule, epochs=epochs))
-
-
-def test_a_stopped_cifar_training_ends_in_the_same_weights(tmp_path):
-    """The recipe of the CIFAR-10 networks (crops, weight average, bfloat16) for two epochs of
-    made-up images, at once and killed after the first."""
-    data = made_up_cifar10(tmp_path / "data.npz")
-    recipe = short(zoo.MODELS["cifar10-resnet20-sigma0.25-seed0"], 2)
-    training.train(recipe, tmp_path / "whole.safetensors", data)
-
-    def stop(text):
-        raise KeyboardInterrupt
-
-    stopped = tmp_path / "stopped.safetensors"
-    with pytest.raises(KeyboardInterrupt):
-        training.train(recipe, stopped, data, say=stop)
-    assert load_checkpoint(stopped)[1]["epoch"] == 1
-    training.train(recipe, stopped, data)
-    assert stopped.read_bytes() == (tmp_path / "whole.safetensors").read_bytes()
-
-
 def test_the_cifar10_plan_trains_selects_and_records_in_a_folder(tmp_path, monkeypatch):
     """Two seeds of one noise level, one epoch of made-up images: all files appear, the better seed
     is recorded, other images are refused."""
@@ -288,7 +141,7 @@ def test_the_cifar10_plan_trains_selects_and_records_in_a_folder(tmp_path, monke
     run = dataclasses.replace(zoo.RUNS[name], model=names[0], n=150)
     monkeypatch.setattr(zoo, "RUNS", {name: run})
     better = iter([0.1, 0.2])
-    monkeypatch.setattr(training, "noisy_accuracy", lambda *a, **k: next(better))
+    monkeypatch.setattr(recipes, "noisy_accuracy", lambda *a, **k: next(better))
     zoo.cifar10(data, out)
     best = names[1]
     record = load_counts(out / f"records/{name}.npz", model=best)
@@ -298,7 +151,7 @@ def test_the_cifar10_plan_trains_selects_and_records_in_a_folder(tmp_path, monke
     left = {path.suffix for path in pathlib.Path(out).rglob("*") if path.is_file()}
     assert left == {".safetensors", ".npz"}
     # A better seed comes: its votes are counted, those of the other kept.
-    monkeypatch.setattr(training, "noisy_accuracy", lambda *a, **k: 0.5)
+    monkeypatch.setattr(recipes, "noisy_accuracy", lambda *a, **k: 0.5)
     (out / f"models/{names[0]}.safetensors").unlink()
     zoo.cifar10(data, out)
     assert load_counts(out / f"records/{name}.npz", model=names[0]).draws == 150
@@ -332,20 +185,6 @@ def test_an_ensemble_s_record_is_counted_again(tmp_path):
         zoo.count(name, tmp_path / "parts.npz", n=1200, index=index + 1)
 
 
-def test_readouts_of_a_table_are_expanded():
-    header = {"members": [{"seed": 3}, {"seed": 0}, {"seed": 2}], "best_weights": [0.5, 0.25, 0.25]}
-    found = zoo.expand_readouts("member:* seeds:0,3 weighted:0-2 consensus2:0-2", header)
-    assert found == [
-        *("member:0", "member:1", "member:2"),
-        *("soft:0-1", "weighted:0-2:0.5,0.25,0.25", "consensus2:0-2"),
-    ]
-    found = zoo.expand_readouts("subsets:0-2 weighted:0-1:0.7,0.3", header)
-    assert found == [
-        *("member:0", "member:1", "member:2", "soft:0-1", "soft:0,2", "soft:1-2", "soft:0-2"),
-        "weighted:0-1:0.7,0.3",
-    ]
-
-
 def test_committed_networks_vote_together(tmp_path, monkeypatch):
     """A record of an ensemble of the table: each member's votes are those of its own record."""
     names = ("digits-cnn-sigma0.25", "digits-cnn-sigma0.50")
@@ -365,41 +204,6 @@ def test_a_name_that_the_table_lacks_is_answered_with_the_nearest():
     with pytest.raises(ValueError, match=r"one of \d+ names, such as 'digits-cnn-sigma0.25'") as e:
         zoo.record("digit-cnn-sigma0.25")
     assert len(str(e.value)) < 300
-
-
-def test_an_ensemble_of_the_table_has_networks_of_the_table(tmp_path):
-    (tmp_path / "t.toml").write_text(
-        'model = []\nrecord = []\n[ensembles]\npair = "nowhere-seed0"\n'
-    )
-    with pytest.raises(ValueError, match="a member of pair must be one of"):
-        zoo.read_table(tmp_path / "t.toml")
-
-
-def test_an_ensemble_is_trained_member_by_member(tmp_path):
-    """Its members are the networks of their seeds, best first; nothing else is left behind."""
-    recipe = dataclasses.replace(
-        zoo.MODELS["digits-cnn-x20-sigma0.25"], members=3, schedule=Schedule(epochs=2, seed=4)
-    )
-    path = tmp_path / "three.safetensors"
-    training.train(recipe, path)
-    ensemble, header = load_checkpoint(path)
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-    accuracy = [member["held_out_accuracy"] for member in header["members"]]
-    assert accuracy == sorted(accuracy, reverse=True)
-    assert sorted(member["seed"] for member in header["members"]) == [4, 5, 6]
-    assert sum(header["best_weights"]) == pytest.approx(1, abs=1e-3)
-    alone = dataclasses.replace(recipe, members=1)
-    training.train(alone, tmp_path / "alone.safetensors")
-    place = [member["seed"] for member in header["members"]].index(4)
-    same = load_checkpoint(tmp_path / "alone.safetensors")[0]
-    assert model_hash(ensemble.members[place]) == model_hash(same)
-    assert training.train(recipe, path) == header  # a finished one is left as it is
-    for other, said in (
-        (dataclasses.replace(recipe, members=4), "3 members, not 4"),
-        (dataclasses.replace(recipe, schedule=Schedule(epochs=3, seed=4)), "epochs = 2, not 3"),
-    ):
-        with pytest.raises(ValueError, match=said):
-            training.train(other, path)
 
 
 def test_moments_are_stored_and_read(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """Moments of several networks' logits on the same noisy copies: measured once, stored as numbers.
 
-What the variance model of lib.theory is fitted to, without the logits themselves, which are a
+What the variance model of lib.variance is fitted to, without the logits themselves, which are a
 hundred times larger.
 """
 
@@ -12,7 +12,7 @@ import torch
 from lib.checks import check_draws
 from lib.ensemble import noisy_logits
 from lib.store.checkpoints import read_checkpoint, write_checkpoint
-from lib.theory import LogitMoments, logit_moments, normalised_effects
+from lib.variance import LogitMoments, logit_moments, normalised_effects
 
 EDGES = np.linspace(-8, 8, 161)  # bins of normalised effects
 

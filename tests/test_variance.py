@@ -9,7 +9,7 @@ from lib.bounds import clopper_pearson_lower
 from lib.certify import certify
 from lib.counts import SimulatedCounts
 from lib.noise import Gaussian
-from lib.theory import (
+from lib.variance import (
     LogitModel,
     LogitMoments,
     chebyshev_success_bound,

@@ -1,0 +1,161 @@
+"""Dataclasses as options of the command line: what a command offers, and the objects it is given.
+
+A group of options is a dataclass, or a registry, whose classes share the options of one name.
+Examples and Engine are groups of several commands.
+"""
+
+import dataclasses
+import functools
+import inspect
+from typing import Annotated, Literal
+
+import numpy as np
+import typer
+
+from lib.engine.classifier import DTYPES
+from lib.engine.hardware import pick_device
+from lib.store.registry import option
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Which examples of a data set are certified, by the conventions of Cohen et al.'s code."""
+
+    split: str = option("test", "Part of the data set.", ("train", "test"))
+    start: int = option(0, "First index in the data set.")
+    stop: int | None = option(None, "End of the indices (not included).")
+    skip: int = option(1, "Only indices that this divides: 20 takes 0, 20, 40, ...")
+    max: int | None = option(None, "Stop at this index (as stop; -1: never).")
+
+    def index(self, size):
+        """The indices of the chosen examples. Raises ValueError where there are none."""
+        if self.start < 0 or self.skip < 1:
+            raise ValueError(
+                f"start must be >= 0 and skip >= 1; got start = {self.start}, skip = {self.skip}"
+            )
+        ends = [end for end in (self.stop, self.max) if end is not None and end >= 0]
+        index = np.arange(min([size, *ends]))
+        index = index[(index >= self.start) & (index % self.skip == 0)]
+        if not len(index):
+            raise ValueError(
+                f"start = {self.start}, stop = {self.stop}, skip = {self.skip}, max = {self.max} "
+                f"leave none of the {size} examples"
+            )
+        return index
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """How the network runs (lib.engine.classifier.BaseClassifier)."""
+
+    device: str | None = option(None, "cpu, cuda, cuda:1; default a GPU where there is one.")
+    dtype: str = option("auto", "Precision certified.", ("auto", *DTYPES))
+    block: int | None = option(None, "Images per forward pass; default: measured.")
+    layout: str | None = option(
+        None, "Memory layout; default: measured.", ("channels_last", "contiguous")
+    )
+    compile: bool | None = option(None, "Default: where the job is long enough to pay for it.")
+    tune: bool = option(True, "Measure what is fastest here (once, then cached).")
+
+    def settings(self):
+        """Arguments of BaseClassifier."""
+        return {
+            "device": self.device and pick_device(self.device),
+            "dtype": None if self.dtype == "auto" else self.dtype,
+            "block": self.block,
+            "layout": self.layout,
+            "compile": "auto" if self.compile is None else self.compile,
+            "tune": self.tune,
+        }
+
+
+def with_options(function, groups):
+    """A command that also offers the fields of groups, all of them optional.
+
+    - function: takes them as keywords; those not given are left out.
+    - groups: dataclasses and registries.
+    """
+
+    @functools.wraps(function)
+    def offered(*args, **kwargs):
+        return function(*args, **_given(kwargs, groups))
+
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
+    every = {p.name: p for p in [*own, *(p for group in groups for p in parameters(group))]}
+    offered.__signature__ = inspect.Signature(list(every.values()))
+    offered.__annotations__ = {name: p.annotation for name, p in every.items()}
+    return offered
+
+
+def _given(kwargs, groups):
+    """The arguments of a command without the options of its groups that were not given."""
+    optional = {name for group in groups for name in fields(group)}
+    return {k: v for k, v in kwargs.items() if v is not None or k not in optional}
+
+
+def fields(group):
+    """{option: {name of each registered class that has it: field}} of a group."""
+    classes = group.items() if isinstance(group, dict) else [("", group)]
+    fields = {}
+    for name, cls in classes:
+        for field in dataclasses.fields(cls):
+            fields.setdefault(field.name, {})[name] = field
+    return fields
+
+
+def parameters(group):
+    """The fields of a group as parameters of a command, all of them optional."""
+    for name, owners in fields(group).items():
+        field = next(iter(owners.values()))
+        choices = field.metadata.get("choices")
+        kind = bool if field.type is bool or field.type == bool | None else None
+        kind = kind or (Literal[*choices] if choices else _plain(field.type))
+        flag = name.replace("_", "-")
+        names = [f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"]
+        names += [f"--{name.upper()}"] if name in ("n", "n0") else []
+        annotation = Annotated[kind | None, typer.Option(*names, help=_help(group, owners))]
+        yield inspect.Parameter(
+            name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation
+        )
+
+
+def _help(group, owners):
+    """The help of an option: for each meaning and default that it has, whose they are.
+
+    - owners: {name of a class of the group: its field}.
+    """
+    meanings = {}
+    for owner, field in owners.items():
+        text = field.metadata.get("help") or f"Of the {group.kind}."
+        default = None if field.default is dataclasses.MISSING else field.default
+        meanings.setdefault((text, default), []).append(owner)
+    if len(meanings) == 1:
+        ((text, default), names), *_ = meanings.items()
+        text += "" if default in (None, "") else f" [dim]default {default}[/]"
+        everyone = not isinstance(group, dict) or len(names) == len(group)
+        return text if everyone else f"{', '.join(names)}: {text}"
+    parts = []
+    for (text, default), names in meanings.items():
+        end = "" if default in (None, "") else f", [dim]default {default}[/]"
+        parts.append(f"{', '.join(names)}: {text.removesuffix('.')}{end}")
+    return "; ".join(parts) + "."
+
+
+def _plain(annotation):
+    """The plain type of a field: float for `float | None` or `float | np.ndarray`."""
+    return next(
+        t for t in (int, float, str) if t is annotation or t in getattr(annotation, "__args__", ())
+    )
+
+
+def take(options, group, name=None):
+    """Make the member of a group that the options describe, and remove those options."""
+    own = {key: options.pop(key) for key in list(options) if key in fields(group)}
+    if name is None:
+        return group(**own)
+    needed = [f.name for f in dataclasses.fields(group[name]) if f.default is dataclasses.MISSING]
+    if missing := [key for key in needed if key not in own]:
+        raise typer.BadParameter(f"{group.kind} {name} needs --{missing[0]}")
+    if foreign := sorted(set(own) - {f.name for f in dataclasses.fields(group[name])}):
+        raise typer.BadParameter(f"{group.kind} {name} takes no {', '.join(foreign)}")
+    return group.make(name, **own)

@@ -1,0 +1,47 @@
+"""Dataclasses as options: the examples that they choose, and a help that leaves nothing out."""
+
+import dataclasses
+import re
+
+import pytest
+
+from lib.losses import LOSSES
+from lib.noise import NOISES
+from lib.options import Examples, parameters
+from lib.samplers import SAMPLERS
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("--skip 100", [0, 100, 200, 300]),
+        ("--skip 20 --max 60", [0, 20, 40]),
+        ("--start 7 --stop 10", [7, 8, 9]),
+        ("--start 5 --skip 4 --stop 14", [8, 12]),
+        ("--skip 150 --max -1 --start 1", [150, 300]),
+        ("--start 358 --stop 1000", [358, 359]),
+    ],
+)
+def test_examples_are_chosen_by_the_conventions_of_cohens_code(options, expected):
+    """Those scripts loop over all indices, break at max or stop, and pass over those below start or
+    not divisible by skip.
+    """
+    names = [name.removeprefix("--") for name in options.split()[::2]]
+    values = map(int, options.split()[1::2])
+    index = Examples(**dict(zip(names, values, strict=True))).index(360)
+    assert index.tolist() == expected
+
+
+@pytest.mark.parametrize("registry", [LOSSES, SAMPLERS, NOISES], ids=lambda r: r.kind)
+def test_the_help_has_every_default(registry):
+    said = {p.name: p.annotation.__metadata__[0].help for p in parameters(registry)}
+    for name, cls in registry.items():
+        for field in dataclasses.fields(cls):
+            text = field.metadata.get("help", f"Of the {registry.kind}.").removesuffix(".")
+            default = field.default
+            if default not in (dataclasses.MISSING, None, ""):
+                text = rf"{re.escape(text)}[.,] \[dim\]default {re.escape(str(default))}\[/\]"
+            else:
+                text = re.escape(text)
+            whose = rf"([\w-]+, )*{name}(, [\w-]+)*: " if ": " in said[field.name] else ""
+            assert re.search(whose + text, said[field.name]), (name, field.name)
