@@ -73,9 +73,9 @@ models: $(READY) ## retrain the digits networks of data/experiments.toml
 records: $(READY) ## count the votes of every digits record again, with a progress bar
 	$(BIN)/python -m lib.zoo records
 
-cifar10: $(READY) ## CIFAR-10: train, select, record; make cifar10 DATA=<npz, folder or tar.gz> OUT=<folder>; hours, stops and resumes
+cifar10: $(READY) ## CIFAR-10: train, select, record; make cifar10 DATA=<npz, folder or tar.gz> OUT=<folder> [LOSSES="consistency ..."]; hours, stops and resumes
 	@test -n "$(DATA)" || { echo "say where CIFAR-10 is: make cifar10 DATA=path/to/cifar-10-python.tar.gz OUT=runs/cifar10"; exit 2; }
-	$(BIN)/python -m lib.zoo cifar10 $(DATA) $(OUT)
+	$(BIN)/python -m lib.zoo cifar10 $(DATA) $(if $(LOSSES),$(or $(OUT),data) $(LOSSES),$(OUT))
 
 bench: $(READY) ## the benchmarks: speed and cost, as ratios (an idle machine)
 	for name in $(patsubst benchmarks/%.py,%,$(wildcard benchmarks/*.py)); do $(BIN)/python -m benchmarks.$$name || exit 1; done

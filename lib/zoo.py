@@ -98,6 +98,16 @@ def committed(name, folder=DATA / "records"):
     return name in RUNS and (pathlib.Path(folder) / f"{name}.npz").exists()
 
 
+def longest(name, folder=DATA / "records"):
+    """The longer of two committed records: of a network's votes, or of its 8-bit version's.
+
+    The second is called NAME-int8. The two networks are not the same, but votes alike.
+    """
+    there = [each for each in (name, f"{name}-int8") if committed(each, folder)]
+    check_choice((True,), **{f"a record {name} in {folder}": bool(there)})
+    return max((record(each, folder=folder) for each in there), key=lambda found: found.draws)
+
+
 def noise_of(run_):
     """The description of the noise that a run's votes are drawn under."""
     if not run_.steps:
@@ -262,8 +272,8 @@ def siblings(name):
     ]
 
 
-def cifar10(data_path, out=DATA):
-    """Train what is missing of the Gaussian CIFAR-10 networks, then count their records.
+def cifar10(data_path, out=DATA, losses=("gaussian",)):
+    """Train what is missing of the CIFAR-10 networks of some losses, then count their records.
 
     A record that is named as its network without the seed is of the best seed: the one of highest
     noisy accuracy on test images that no record holds. Everything stops and resumes: a network at
@@ -271,15 +281,15 @@ def cifar10(data_path, out=DATA):
 
     - data_path: as lib.data.load takes it.
     - out: folder whose models/ gets the weights and whose records/ the votes.
+    - losses: names of the training losses. The others cost 2 to 20 times as much as "gaussian".
 
-    Raises ValueError, before any work, where `out` holds records of other images: those in data/
-    are of JPEG copies of CIFAR-10 (data/README.md).
+    Raises ValueError, before any work, naming losses, or where `out` holds records of other images:
+    those in data/ are of JPEG copies of CIFAR-10 (data/README.md).
     """
-    recipes = {
-        name: recipe
-        for name, recipe in MODELS.items()
-        if recipe.data == "cifar10" and recipe.loss["name"] == "gaussian"
-    }
+    plan = {name: recipe for name, recipe in MODELS.items() if recipe.data == "cifar10"}
+    for loss in losses:
+        check_choice(sorted({recipe.loss["name"] for recipe in plan.values()}), losses=loss)
+    recipes = {name: recipe for name, recipe in plan.items() if recipe.loss["name"] in losses}
     models, records = pathlib.Path(out) / "models", pathlib.Path(out) / "records"
     runs = {
         records / f"{name}.npz": run_
@@ -318,7 +328,8 @@ def _say(text):
 def main(what, *arguments):
     """python -m lib.zoo models | records [PATTERN] | cifar10 | moments DATA [OUT] | tables.
 
-    Retrain the digits networks; count their records again; do the CIFAR-10 plan (DATA [OUT]);
+    Retrain the digits networks; count their records again; do the CIFAR-10 plan (DATA [OUT], and
+    losses other than Gaussian augmentation by name);
     measure the moments of logits of CIFAR-10 networks; write the tables of data/models/README.md
     and data/records/README.md.
     """
@@ -339,9 +350,11 @@ def main(what, *arguments):
     elif what == "moments" and len(arguments) in (1, 2):
         for name in filter(lambda name: recipe_of(name).data == "cifar10", ENSEMBLES):
             measure(name, *arguments[1:] or [DATA / "records"], data_path=arguments[0])
-    elif what == "cifar10" and len(arguments) in (1, 2):
+    elif what == "cifar10" and arguments:
+        data_path, *rest = arguments
+        out, losses = (rest or [DATA])[0], rest[1:] or ["gaussian"]
         try:
-            cifar10(*arguments)
+            cifar10(data_path, out, losses)
         except (ValueError, OSError) as error:
             raise SystemExit(f"error: {error}") from error
         except KeyboardInterrupt:
@@ -352,7 +365,7 @@ def main(what, *arguments):
             path.write_text(with_table(path.read_text(), table))
     else:
         raise SystemExit(
-            "usage: python -m lib.zoo models | records [PATTERN] | cifar10 DATA [OUT] | "
+            "usage: python -m lib.zoo models | records [PATTERN] | cifar10 DATA [OUT [LOSS ...]] | "
             "moments DATA [OUT] | tables\n"
             "(DATA: an npz, or the folder or tar.gz of CIFAR-10)"
         )

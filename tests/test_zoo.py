@@ -160,6 +160,20 @@ def test_the_cifar10_plan_trains_selects_and_records_in_a_folder(tmp_path, monke
         zoo.cifar10(made_up_cifar10(tmp_path / "other.npz", seed=1), out)
 
 
+def test_the_cifar10_plan_trains_the_losses_that_are_named(tmp_path, monkeypatch):
+    data, out = made_up_cifar10(tmp_path / "data.npz"), tmp_path / "out"
+    plain, other = (f"cifar10-resnet20-{part}sigma0.50-seed0" for part in ("", "consistency-"))
+    monkeypatch.setattr(zoo, "MODELS", {n: short(zoo.MODELS[n], 1) for n in (plain, other)})
+    run = dataclasses.replace(zoo.RUNS["cifar10-resnet20-sigma0.50"], n=150)
+    runs = {name: dataclasses.replace(run, model=name) for name in (plain, other)}
+    monkeypatch.setattr(zoo, "RUNS", runs)
+    zoo.main("cifar10", str(data), str(out), "consistency")
+    made = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
+    assert made == {f"models/{other}.safetensors", f"records/{other}.npz"}
+    with pytest.raises(SystemExit, match="losses must be one of 'consistency', 'gaussian'"):
+        zoo.main("cifar10", str(data), str(out), "Consistency")
+
+
 def test_the_command_says_how_it_is_used(tmp_path):
     with pytest.raises(SystemExit, match=r"usage: python -m lib\.zoo"):
         zoo.main("cifar10")
