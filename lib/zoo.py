@@ -101,10 +101,12 @@ def committed(name, folder=DATA / "records"):
 def longest(name, folder=DATA / "records"):
     """The longer of two committed records: of a network's votes, or of its 8-bit version's.
 
-    The second is called NAME-int8. The two networks are not the same, but votes alike.
+    The second is called NAME-int8. The two networks are not the same, but vote alike.
+    Raises ValueError where neither is there.
     """
     there = [each for each in (name, f"{name}-int8") if committed(each, folder)]
-    check_choice((True,), **{f"a record {name} in {folder}": bool(there)})
+    if not there:
+        raise ValueError(f"name must be of a record in {folder}; got {name!r}")
     return max((record(each, folder=folder) for each in there), key=lambda found: found.draws)
 
 

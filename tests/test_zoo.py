@@ -263,3 +263,16 @@ def test_committed_moments_are_of_the_committed_networks(name):
     deviation = np.sqrt(np.einsum("bii->bi", joint))
     assert (np.abs(joint) <= 1.01 * deviation[:, :, None] * deviation[:, None]).all()
     np.testing.assert_array_equal(joint, joint.transpose(0, 2, 1))
+
+
+def test_the_longer_of_two_records(tmp_path, monkeypatch):
+    """Among NAME and NAME-int8, where either or both are there."""
+    name = "digits-cnn-sigma0.25"
+    runs = {each: dataclasses.replace(zoo.RUNS[name], n=n) for each, n in ((name, 300), ("x", 200))}
+    monkeypatch.setattr(zoo, "RUNS", {name: runs[name], f"{name}-int8": runs["x"]})
+    with pytest.raises(ValueError, match="name must be of a record in"):
+        zoo.longest(name, tmp_path)
+    zoo.count(runs["x"], tmp_path / f"{name}-int8.npz", index=[0, 1])
+    assert zoo.longest(name, tmp_path).draws == 200
+    zoo.count(runs[name], tmp_path / f"{name}.npz", index=[0, 1])
+    assert zoo.longest(name, tmp_path).draws == 300
