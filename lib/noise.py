@@ -15,12 +15,14 @@ command line:
 """
 
 import dataclasses
+import functools
+import math
 
 import numpy as np
 import torch
 from scipy.special import ndtr, ndtri
 
-from lib.checks import check_probability, check_radius, check_sigma
+from lib.checks import check_draws, check_probability, check_radius, check_sigma
 from lib.store.registry import Registry
 
 CHUNK = 100  # draws that share one random stream: part of the definition of the noise
@@ -229,6 +231,100 @@ class Uniform(Noise):
         1 from radius lambda on, which no lower bound reaches.
         """
         return np.minimum(1.0, 0.5 + check_radius(radius) / (2 * self.level))[()]
+
+
+@functools.cache
+def _exposure(keep, pixels):
+    """P(at least one of r changed pixels is kept), from above, up to the first r where it is 1/2.
+
+    - keep of `pixels` pixels are kept, every subset equally likely.
+
+    Returns float64 [r = 0, 1, ...], the last of them at least 1/2.
+    """
+    subsets, table = math.comb(pixels, keep), [0.0]
+    while table[-1] < 0.5:
+        hit = subsets - math.comb(pixels - len(table), keep)
+        # The quotient of two integers is correctly rounded: one step up makes it an upper bound.
+        table.append(np.nextafter(hit / subsets, 1.0))
+    return np.array(table)
+
+
+@register("Ablation")
+@dataclasses.dataclass(frozen=True, eq=False)
+class Ablation(Noise):
+    """Randomized ablation: all but `keep` random pixels are erased, certified in l0.
+
+    An image that differs in r pixels gives the same votes wherever none of the r is kept, so a
+    class's probability changes by at most 1 - C(pixels - r, keep) / C(pixels, keep) (Levine and
+    Feizi 2020). Radii are whole numbers of pixels, and the ball is closed: the class is that of
+    every image that differs in at most so many pixels, whatever their values are.
+
+    - keep: number of pixels that the classifier sees, 1 to `pixels`.
+    - pixels: positions of an image, height times width; the channels of one position are kept or
+      erased together, and count as one.
+
+    Raises ValueError naming keep or pixels.
+    """
+
+    keep: int
+    pixels: int
+    norm = "l0"
+    erased = -1.0  # no pixel has this value: a classifier can tell erased from black
+
+    def __post_init__(self):
+        for name in ("keep", "pixels"):
+            value = check_draws(**{name: getattr(self, name)})
+            if not isinstance(value, int):
+                raise ValueError(f"{name} must be one number for all examples; got {value!r}")
+            object.__setattr__(self, name, value)
+        if self.keep > self.pixels:
+            raise ValueError(f"keep must be at most pixels = {self.pixels}; got {self.keep}")
+
+    def sample(self, x, generator):
+        """Images x of which all but `keep` positions are `erased`, [B, ...] float32.
+
+        Raises ValueError naming pixels where the images have another number of them.
+        """
+        if x.shape[2:].numel() != self.pixels:
+            raise ValueError(
+                f"pixels must be {x.shape[2:].numel()}, those of images {list(x.shape[1:])}; "
+                f"got {self.pixels}"
+            )
+        high, low = standard_uniform(x.new_empty(len(x), 2, self.pixels), generator).unbind(dim=1)
+        # Two draws of 24 bits rank the pixels. Only a tie between the last one kept and the first
+        # one erased is not fair, and its probability is below pixels / 2^48.
+        rank = high.double() + low.double() * 2**-24
+        first = rank.topk(self.keep, dim=1, largest=False, sorted=False).indices
+        kept = torch.zeros_like(rank, dtype=torch.bool).scatter_(1, first, True)
+        return x.where(kept.view(len(x), 1, *x.shape[2:]), self.erased)
+
+    def radius(self, p_lower):
+        """Certified number of pixels: the largest r whose exposure is below p_lower - 1/2.
+
+        0 where p_lower <= 1/2, and where a single pixel is too many.
+        """
+        return self._most(check_probability(p_lower, "p_lower") - 0.5)
+
+    def radius_two(self, p_a, p_b):
+        """Certified number of pixels: the largest r with p_a - p_b above twice its exposure.
+
+        Arguments as of Gaussian.radius_two; with p_b = 1 - p_a it is `radius`.
+        """
+        gap = check_probability(p_a, "p_a") - check_probability(p_b, "p_b")
+        return self._most(gap / 2)
+
+    def _most(self, margin):
+        below = np.searchsorted(_exposure(self.keep, self.pixels), margin)
+        return np.maximum(0.0, below - 1.0)[()]
+
+    def probability(self, radius):
+        """The top-class probability, rounded up, that certifies this number of pixels.
+
+        1 where none is, which no lower bound reaches. A part of a pixel counts as a whole one.
+        """
+        table = _exposure(self.keep, self.pixels)
+        place = np.minimum(np.ceil(check_radius(radius)), len(table) - 1).astype(np.int64)
+        return np.minimum(1.0, np.nextafter(0.5 + table[place], 1.0))[()]
 
 
 def noise_stream(seed, index, chunk, device):

@@ -9,7 +9,7 @@ from scipy.stats import binom, binomtest
 from lib.audit import audit, is_false, true_radius, truths, verdict, worst
 from lib.bounds import clopper_pearson_lower
 from lib.certify import ABSTAIN, Certificates, certify, certify_margin, predict
-from lib.noise import Gaussian, Uniform
+from lib.noise import Ablation, Gaussian, Uniform
 from lib.samplers import (
     SAMPLERS,
     Adaptive,
@@ -75,6 +75,24 @@ def test_margin_holds_under_uniform_noise():
     """Its radius of two probabilities is another one, lambda (p_a - p_b)."""
     table = audit(Margin(n=1000, alpha=0.01), Uniform(1.0), runs=4000)
     assert verdict(table) == "holds", str(table)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [Certify(n=500, alpha=0.01), Margin(n=500, alpha=0.01), Anytime("2", 500, alpha=0.01)],
+    ids=repr,
+)
+def test_whole_numbers_of_pixels_hold(sampler):
+    """Under ablation, just below the probability that certifies each number of pixels, too."""
+    noise = Ablation(8, 64)
+    rows = truths(sampler, noise)
+    for r in range(1, 6):
+        p = float(noise.probability(r)) * (1 - 1e-12)
+        rows += [[p, 1 - p], [p, (1 - p) / 2, (1 - p) / 2]]
+    table = audit(sampler, noise, rows, runs=4000)
+    assert verdict(table) == "holds", str(table)
+    # At a tie the class is wrong at any radius: this is where a bound that is too high shows.
+    assert worst(table)["rate"] > 0.3
 
 
 @pytest.mark.parametrize("sampler", PUBLISHED_UNSOUND, ids=repr)

@@ -3,6 +3,10 @@
 Against closed forms, naive formulas and scipy's optimiser.
 """
 
+import itertools
+import math
+from fractions import Fraction
+
 import mpmath
 import numpy as np
 import pytest
@@ -10,9 +14,10 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
-from scipy.stats import binomtest, kstest, norm
+from scipy.stats import binomtest, chisquare, hypergeom, kstest, norm
 
-from lib.noise import Gaussian, Uniform, restore_noise
+from lib.counts import ModelCounts
+from lib.noise import Ablation, Gaussian, Uniform, restore_noise
 from lib.theory import cohen_radius, lecuyer_bound, lecuyer_radius, li_bound, li_radius
 
 sigmas = st.floats(0.01, 4)
@@ -399,12 +404,127 @@ def test_the_l1_radius_is_tight():
     assert binomtest(int((drawn < edge).sum()), size, p).pvalue > 1e-3
 
 
-@pytest.mark.parametrize("noise", [Gaussian(0.25), Gaussian([0.25, 0.5, 1.0]), Uniform(0.5)])
+@pytest.mark.parametrize(
+    "noise", [Gaussian(0.25), Gaussian([0.25, 0.5, 1.0]), Uniform(0.5), Ablation(4, 64)]
+)
 def test_the_radius_of_two_probabilities(noise):
     """With p_b = 1 - p_a it is that of one; more of a rest that is shared is more radius."""
-    p = np.array([0.6, 0.9, 0.999])
+    p = np.array([0.6, 0.75, 0.9])
     np.testing.assert_allclose(noise.radius_two(p, 1 - p), noise.radius(p), rtol=1e-9)
     assert (noise.radius_two(p, (1 - p) / 2) > noise.radius(p)).all()
     assert (noise.radius_two(p / 2, p) == 0).all()
     with pytest.raises(ValueError, match="p_b"):
         noise.radius_two(p, -p)
+
+
+def test_ablation_radius_by_hand():
+    """One pixel of four kept: r changed ones are seen with probability r / 4."""
+    noise = Ablation(keep=1, pixels=4)
+    np.testing.assert_array_equal(
+        noise.radius([0.4, 0.5, 0.6, 0.75, 0.7501, 1.0]), [0, 0, 0, 0, 1, 1]
+    )
+    np.testing.assert_allclose(
+        noise.probability([0, 0.5, 1, 2, 99, np.inf]), [0.5, 0.75, 0.75, 1, 1, 1]
+    )
+    assert noise.norm == "l0"
+    assert noise.size is None
+    assert restore_noise(noise.describe()) == noise
+    # 45 of 784 pixels: half of MNIST is certified for 8 pixels (Levine and Feizi 2020), which
+    # needs a probability that a vote can have.
+    assert Ablation(45, 784).radius(0.9) == 8
+    assert Ablation(64, 64).radius(1.0) == 0
+
+
+@given(st.integers(1, 300), st.data())
+def test_ablation_radius_and_probability_are_inverse(pixels, data):
+    keep = data.draw(st.integers(1, pixels))
+    noise = Ablation(keep, pixels)
+    for r in range(int(noise.radius(1.0)) + 1):
+        p = noise.probability(r)
+        assert noise.radius(p) == r
+        assert noise.radius(p * (1 - 1e-12)) == max(r - 1, 0)
+        exposure = 1 - hypergeom.pmf(0, pixels, r, keep)
+        assert p == pytest.approx(0.5 + exposure, rel=1e-9)
+        # Never below the exact one, which is a tie of two classes.
+        missed = Fraction(math.comb(pixels - r, keep), math.comb(pixels, keep))
+        assert Fraction(float(p)) > Fraction(3, 2) - missed
+    assert noise.probability(noise.radius(1.0) + 1) == 1.0
+
+
+def test_every_subset_of_pixels_is_kept_equally_often():
+    noise, x = Ablation(2, 6), torch.rand(1, 3, 2, 3)
+    streams = [np.random.Generator(np.random.SFC64(seed)) for seed in range(3)]
+    noisy = noise.sample(x.expand(30_000, 3, 2, 3), streams)
+    kept = noisy != noise.erased
+    assert (kept == kept[:, :1]).all()
+    torch.testing.assert_close(noisy[kept], x.expand_as(noisy)[kept], rtol=0, atol=0)
+    kept = kept[:, 0].flatten(1)
+    assert (kept.sum(dim=1) == 2).all()
+    names = (kept * 2 ** torch.arange(6)).sum(dim=1)
+    seen = np.bincount(names.numpy())
+    assert chisquare(seen[seen > 0]).pvalue > 1e-3
+    assert (seen > 0).sum() == 15
+
+
+def subset_votes(table, image, subsets):
+    """Share of subsets whose kept pixels the classifier `table` calls class 1."""
+    return np.mean([table[subset, tuple(image[list(subset)])] for subset in subsets])
+
+
+@pytest.mark.parametrize(("keep", "pixels"), [(1, 6), (2, 6), (3, 7)])
+def test_no_change_of_so_few_pixels_moves_the_vote(keep, pixels):
+    """Exactly: random classifiers of black and white images, against every changed image.
+
+    The last of them is the worst case for r pixels, and one more than the radius moves its vote.
+    """
+    rng, noise = np.random.default_rng(0), Ablation(keep, pixels)
+    subsets = list(itertools.combinations(range(pixels), keep))
+    values = list(itertools.product((0, 1), repeat=keep))
+    images = np.array(list(itertools.product((0, 1), repeat=pixels)))
+    distance = images.sum(axis=1)  # from the black image
+    for bias in (0.6, 0.8, 0.95, None):
+        if bias is None:
+            # Sees class 0 only in what has changed: the vote of the black image is certain.
+            table = {(s, v): int(not any(v)) for s in subsets for v in values}
+        else:
+            table = {(s, v): int(rng.random() < bias) for s in subsets for v in values}
+        votes = np.array([subset_votes(table, image, subsets) for image in images])
+        p = votes[0]
+        radius = noise.radius(p)
+        if p > 0.5:
+            assert (votes[distance <= radius] > 0.5).all()
+        if bias is None:
+            assert (votes[distance == radius + 1] <= 0.5).any()
+
+
+def test_votes_under_ablation_do_not_depend_on_blocks():
+    """Also where fewer draws are asked for than share a stream."""
+    x = torch.rand(3, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+
+    class Seen(torch.nn.Module):
+        def forward(self, x):
+            return torch.stack([x.flatten(1).max(dim=1).values, torch.full((len(x),), 0.9)], dim=1)
+
+    def votes(block, *draws):
+        engine = {"block": block, "layout": "contiguous", "compile": False, "progress": False}
+        counts = ModelCounts(Seen(), x, Ablation(3, 16), **engine)
+        return sum(counts.draw(n) for n in draws)
+
+    np.testing.assert_array_equal(votes(8, 250), votes(64, 30, 1, 219))
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Ablation(0, 4), "keep must be at least 1"),
+        (lambda: Ablation(5, 4), "keep must be at most pixels = 4; got 5"),
+        (lambda: Ablation(2.0, 4), "keep must be a whole number"),
+        (lambda: Ablation([1, 2], 4), "keep must be one number for all examples"),
+        (lambda: Ablation(2, 4).sample(torch.zeros(1, 1, 3, 3), None), "pixels must be 9"),
+        (lambda: Ablation(2, 4).radius(1.1), "p_lower"),
+        (lambda: Ablation(2, 4).probability(-1), "radius"),
+    ],
+)
+def test_bad_ablations(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
