@@ -305,7 +305,7 @@ def curve(noise, radius, n, alpha, step=0.125):
     top = ndtri(noise.probability(radius))
     points = []
     for below in np.arange(40) * step:
-        a = float(ndtr(top - below))
+        a = float(noise.probability(radius) if below == 0 else ndtr(top - below))
         b = 1 - a if below == 0 else _largest_b(noise, radius, a)
         if b * n < 20 or a <= b:
             break

@@ -50,7 +50,7 @@ def attack_smoothed(
       changed, run in eval mode.
     - x: float32 images [B, ...] in [0, 1].
     - y: int [B], the class of each that is to be left (the label, or the certified class).
-    - noise: smoothing distribution of the classifier attacked.
+    - noise: smoothing distribution of the classifier attacked; its radii must be l2.
     - radius: l2 in pixels in [0, 1], > 0, a number or one per example.
     - steps: number of ascent steps.
     - step_size: l2 length of a step, as radius.
@@ -65,6 +65,8 @@ def attack_smoothed(
     naming the argument.
     """
     check_images(x)
+    if noise.norm != "l2":
+        raise ValueError(f"noise must certify l2, the norm of this attack; got {noise}")
     steps, k, block = check_draws(steps=steps, k=k, block=block)
     check_seed(seed)
     radius = _per_example(radius, len(x), "radius")

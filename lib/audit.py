@@ -51,13 +51,17 @@ def is_false(found, noise, probabilities):
 def truths(sampler, noise):
     """Class probabilities at which samplers are likeliest to be wrong: rows of two to ten classes.
 
-    Ties, near ties, the middle, near certainty; three and ten classes; and for a sampler with
-    `radii` the probability just below the one that certifies it.
+    Ties, near ties, the middle, near certainty; three and ten classes; and the probability just
+    below the one that certifies a radius: the `radii` of a sampler that has them, else some of the
+    radii of a noise that counts pixels.
     """
     rows = [[p, 1 - p] for p in (0.5, 0.501, 0.53, 0.6, 0.8, 0.95, 0.999)]
     rows += [[0.4, 0.35, 0.25], [1 / 3 + 2e-9, 1 / 3 - 1e-9, 1 / 3 - 1e-9], [0.5, 0.25, 0.25]]
     rows += [[0.2, 0.14, *[0.66 / 8] * 8], [0.1 + 9e-9, *[0.1 - 1e-9] * 9]]
-    for radius in np.atleast_1d(getattr(sampler, "radii", [])):
+    radii = getattr(sampler, "radii", [])
+    if noise.norm == "l0" and not np.size(radii):
+        radii = np.unique(np.linspace(1, max(1, noise.radius(1.0)), 6).astype(int))
+    for radius in np.atleast_1d(radii):
         p = float(noise.probability(radius)) * (1 - 1e-12)
         rows += [[p, 1 - p], [p, (1 - p) / 2, (1 - p) / 2]]
     return rows

@@ -44,7 +44,9 @@ class Sampler:
       votes be replayed under another sampler, and the run be continued to more draws.
     - certifies: whether it makes certificates, or only records votes.
     - standard: draws of the CERTIFY that reaches the same radii, for SampleRF; None: not asked.
-    - failure(p, noise), where it has one: P(false certificate) for two classes, exactly.
+    - failure(p, noise), where it has one: P(its bound is above the truth) for two classes, exactly:
+      P(false certificate) where the radius rises strictly with p, and an upper bound of it where it
+      rises in steps (Ablation).
     - __call__(counts, noise): the Certificates of the examples of `counts`.
     """
 

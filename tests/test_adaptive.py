@@ -23,7 +23,7 @@ from lib.boundaries import bonferroni, design, outcomes, two_classes
 from lib.bounds import clopper_pearson_lower, clopper_pearson_upper
 from lib.certify import ABSTAIN, certify
 from lib.counts import RecordedCounts, SimulatedCounts
-from lib.noise import Gaussian
+from lib.noise import Ablation, Gaussian
 
 NOISE, ALPHA, BETA = Gaussian(0.5), 0.001, 0.001
 STAGES = (100, 1000, 12_000)
@@ -419,3 +419,13 @@ def test_bad_arguments_are_named():
         certify_staircase(counts, NOISE, 10, 1000, ALPHA, aim="accuracy")
     with pytest.raises(ValueError, match="s must be"):
         last_stage_size(1000, ALPHA, 0)
+
+
+def test_the_first_point_of_a_curve_certifies_its_radius():
+    """Also where the radius rises in steps, and a rounding error would lose a whole pixel."""
+    for keep, pixels, radii in ((4, 64, (1, 6, 7)), (4, 784, (81,)), (45, 784, (5,))):
+        noise = Ablation(keep, pixels)
+        for radius in radii:
+            a, b = curve(noise, radius, 10_000, 0.001)[0]
+            assert noise.radius_two(a, b) >= radius
+            assert noise.radius(a) >= radius

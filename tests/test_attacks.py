@@ -17,7 +17,7 @@ from lib.copies import log_mean_softmax, logits_of_copies
 from lib.data import load
 from lib.engine.classifier import BaseClassifier
 from lib.engine.live import ModelCounts
-from lib.noise import CHUNK, Gaussian, noise_stream
+from lib.noise import CHUNK, Ablation, Gaussian, Uniform, noise_stream
 
 NOISE = Gaussian(0.25)
 SHAPE = (1, 8, 8)
@@ -324,3 +324,10 @@ def test_the_attack_raises_the_loss_more_than_chance():
         logits = logits_of_copies(model, (x + shift).repeat_interleave(4, 0) + eps, 4)
         found.append(float(-log_mean_softmax(logits)[torch.arange(16), y].mean()))
     assert found[2] - found[0] > 3 * abs(found[1] - found[0])
+
+
+def test_the_attack_refuses_noise_of_another_norm():
+    """An l2 step may leave the ball of an l1 or l0 certificate, and would refute nothing."""
+    for noise in (Uniform(0.5), Ablation(8, 64)):
+        with pytest.raises(ValueError, match="noise must certify l2, the norm of this attack"):
+            attack_smoothed(linear()[0], images(2), [0, 1], noise, 1.0, steps=1, k=2)

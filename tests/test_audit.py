@@ -207,3 +207,11 @@ def test_a_sampler_without_alpha_must_be_told():
         audit(lambda counts, noise: None, NOISE)
     with pytest.raises(ValueError, match="runs"):
         audit(Certify(), NOISE, runs=0)
+
+
+def test_noise_that_counts_pixels_is_audited_just_below_its_steps():
+    noise = Ablation(8, 64)
+    pairs = [row for row in truths(Certify(), noise) if len(row) == 2]
+    edges = [float(noise.probability(r)) for r in range(1, int(noise.radius(1.0)) + 1)]
+    below = [min(edge - p for p, _ in pairs if p < edge) for edge in edges]
+    assert sum(gap < 1e-9 for gap in below) >= min(5, len(edges))

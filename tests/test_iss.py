@@ -19,7 +19,7 @@ from lib.metrics import (
     max_absolute_decline,
     speed_up,
 )
-from lib.noise import Gaussian
+from lib.noise import Ablation, Gaussian
 from lib.store.logs import read_log
 
 RECORDS = pathlib.Path(__file__).parent.parent / "data" / "records"
@@ -579,3 +579,9 @@ def test_the_rest_names_the_argument_that_is_wrong():
         decline(101, 100, 0.9, NOISE, ALPHA)
     with pytest.raises(ValueError, match="reuse must"):
         failure_rate(0.6, 10, found, "literal")
+
+
+def test_a_radius_in_steps_is_refused():
+    """Its psi is a saw: the sizes at the ends of an interval do not bound the decline within it."""
+    with pytest.raises(ValueError, match="noise must have a radius that rises steadily"):
+        sample_size_map(1000, 0.5, "absolute", Ablation(8, 64), 0.001)
