@@ -10,6 +10,7 @@ import csv
 import os
 import re
 import sys
+import time
 
 import nbformat
 import papermill
@@ -56,7 +57,10 @@ def execute(name, profile):
 
 
 def render(executed, folder):
-    """Write folder/README.md: the executed notebook as Markdown, with links to its PNGs."""
+    """Write folder/README.md: the executed notebook as Markdown, with links to its PNGs.
+
+    Ends the program where a cell shows a figure that lib.plots did not write.
+    """
     book = nbformat.read(executed, as_version=4)
     cells = []
     for cell in book.cells:
@@ -71,10 +75,22 @@ def render(executed, folder):
             cell.source = LINK.sub(_from_figures, cell.source)
         cells.append(cell)
     book.cells = cells
-    text, _ = MarkdownExporter().from_notebook_node(book)
+    text, parts = MarkdownExporter().from_notebook_node(book)
+    if parts["outputs"]:
+        sys.exit(
+            f"notebook {folder.name} shows a figure that is not saved: draw it and call plots.save "
+            "in one cell"
+        )
     text = re.sub(r"[ \t]+$", "", text, flags=re.MULTILINE)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "README.md").write_text(re.sub(r"\n{3,}", "\n\n", text).strip() + "\n")
+
+
+def remove_older(folder, begin):
+    """Remove files last written before the time `begin`: of an earlier version of the chapter."""
+    for path in folder.iterdir():
+        if path.stat().st_mtime < begin:
+            path.unlink()
 
 
 def _chatter(output):
@@ -157,6 +173,7 @@ def main():
     if name == "contents":
         contents(folder)
         return
+    begin = time.time()
     try:
         executed = execute(name, profile)
     except PapermillExecutionError as error:
@@ -166,6 +183,7 @@ def main():
         late = f"a cell did not end within {CELL_SECONDS} s; run the same command again"
         sys.exit(f"notebook {name} at profile {profile}: {late} ({error})")
     render(executed, folder / name)
+    remove_older(folder / name, begin)
     print(f"{name} ({profile}): {(folder / name).relative_to(ROOT)}/README.md")
 
 

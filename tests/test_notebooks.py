@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -133,6 +134,24 @@ def test_fix_clears_outputs_and_links_the_chapters(tmp_path):
         "**Previous:** [00 · The first](00_first.ipynb) · "
         "**Next:** [05 · The third](05_third.ipynb) · [Contents](../figures/README.md)"
     )
+
+
+def test_a_figure_that_is_shown_and_not_saved_ends_the_run(tmp_path):
+    picture = nbformat.v4.new_output("display_data", {"image/png": "iVBORw0KGgo="})
+    book = template()
+    book.cells.append(nbformat.v4.new_code_cell("plt.plot()", outputs=[picture]))
+    nbformat.write(book, tmp_path / "book.ipynb")
+    with pytest.raises(SystemExit, match="shows a figure that is not saved"):
+        run.render(tmp_path / "book.ipynb", tmp_path / "05_book")
+    assert not (tmp_path / "05_book").exists()
+
+
+def test_files_of_an_earlier_version_of_a_chapter_go(tmp_path):
+    for name, when in (("old.csv", 100), ("new.csv", 300)):
+        (tmp_path / name).write_text("")
+        os.utime(tmp_path / name, (when, when))
+    run.remove_older(tmp_path, 200)
+    assert [path.name for path in tmp_path.iterdir()] == ["new.csv"]
 
 
 def test_links_of_a_chapter_hold_in_the_rendered_book():
