@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 import lib
 from lib import data as datasets
-from lib import models, zoo
+from lib import models
 from lib.audit import audit as audited
 from lib.audit import verdict, worst
 from lib.engine.hardware import pick_device
@@ -32,11 +32,20 @@ from lib.losses import LOSSES
 from lib.metrics import formatted, latex, summarize
 from lib.models import load_checkpoint, model_hash
 from lib.noise import NOISES
-from lib.options import Engine, Examples, fields, take, with_options
+from lib.options import (
+    Engine,
+    Examples,
+    check_sigma_file,
+    load_ensemble,
+    load_levels,
+    load_model,
+    take,
+    with_options,
+)
 from lib.recipes import Recipe, quantize_network
 from lib.recipes import train as train_network
 from lib.samplers import SAMPLERS
-from lib.sigma import Ascent, load_sigma, search
+from lib.sigma import Ascent, search
 from lib.store.files import read_bytes
 from lib.store.logs import read_log
 from lib.store.records import load_counts
@@ -117,46 +126,6 @@ def _print_error(error):
     print(f"error{where}: {text}", file=sys.stderr)
 
 
-def _load_model(spec, architecture=None, data=None):
-    """(module, header) of a checkpoint file or of a network of the zoo."""
-    if pathlib.Path(spec).is_file():
-        network, header = load_checkpoint(spec, architecture, data)
-    elif spec in zoo.MODELS:
-        recipe = zoo.MODELS[spec]
-        network, header = (
-            zoo.model(spec),
-            {"architecture": recipe.architecture, "data": recipe.data},
-        )
-    else:
-        names = ", ".join(zoo.MODELS)
-        raise FileNotFoundError(f"model {spec} is neither a file nor a name of the zoo ({names})")
-    if data not in (None, header["data"]):
-        raise ValueError(
-            f"data must be {header['data']}, which {spec} was trained on, or be left out; "
-            f"got {data}"
-        )
-    return network, header
-
-
-def _load_ensemble(specs, vote, weights, consensus, architecture=None, data=None):
-    """(module, header) of one network as it is, or of several as a lib.ensemble.Ensemble."""
-    loaded = [_load_model(spec, architecture, data) for spec in specs]
-    network, header = loaded[0]
-    if len(loaded) == 1 and {vote, weights, consensus} == {None}:
-        return network, header
-    members = [network for network, _ in loaded]
-    if len(loaded) == 1 and isinstance(network, Ensemble):
-        members = network.members
-    names = sorted({header["data"] for _, header in loaded})
-    if len(names) > 1:
-        raise ValueError(f"model must be networks of one data set; got {', '.join(names)}")
-    try:
-        weights = None if weights is None else [float(weight) for weight in weights.split(",")]
-    except ValueError as error:
-        raise typer.BadParameter(f"--weights takes numbers between commas: {weights}") from error
-    return Ensemble(members, vote or "soft", weights, consensus), header
-
-
 @command(NOISES, SAMPLERS, Examples, Engine)
 def certify(
     model: Annotated[
@@ -201,8 +170,8 @@ def certify(
     to take more draws must not be decided by what was certified, else alpha does not hold.
     Several processes: torchrun --nproc-per-node 2 -m lib certify ...
     """
-    _check_sigma_file(sigma_file, sigma_steps, noise, options)
-    network, header = _load_ensemble(model, vote, weights, consensus, architecture, data)
+    check_sigma_file(sigma_file, sigma_steps, noise, options)
+    network, header = load_ensemble(model, vote, weights, consensus, architecture, data)
     if sigma_file is None:
         smoothing = take(options, NOISES, noise or "Gaussian")
     job_sampler = take(options, SAMPLERS, sampler)
@@ -210,7 +179,7 @@ def certify(
     images, labels = datasets.load(header["data"], examples.split, path=data_path)
     index = examples.index(len(images))
     if sigma_file is not None:
-        smoothing = _levels(sigma_file, sigma_steps, network, images, index)
+        smoothing = load_levels(sigma_file, sigma_steps, network, images, index)
     settings = {
         "data": header["data"],
         "split": examples.split,
@@ -276,35 +245,6 @@ def audit(
         raise SystemExit(1)
 
 
-def _check_sigma_file(path, steps, noise, options):
-    """Refuse options that a sigma file, or the lack of one, leaves without effect."""
-    if path is None and steps is not None:
-        raise typer.BadParameter(
-            "--sigma-steps chooses among the levels of a file: it needs --sigma-file"
-        )
-    own = [*(["noise"] if noise else []), *(name for name in options if name in fields(NOISES))]
-    if path is not None and own:
-        flag = own[0].replace("_", "-")
-        raise typer.BadParameter(f"--sigma-file holds the noise and its levels: leave out --{flag}")
-
-
-def _levels(path, steps, network, images, index):
-    """The noise of a sigma file for the examples to certify, which it must hold."""
-    hashes = {
-        "model_sha256": model_hash(network),
-        "data_sha256": datasets.content_hash(images),
-    }
-    found = load_sigma(path, **hashes)
-    if missing := sorted(set(index.tolist()) - set(found.index.tolist())):
-        raise ValueError(
-            f"{path} has no level for example {missing[0]}, the first of {len(missing)}: "
-            "give `certify` the --start, --stop and --skip of `sigma`"
-        )
-    levels = found.levels[-1] if steps is None else found.at(steps)
-    rows = np.searchsorted(found.index, index)
-    return NOISES[found.header["noise"]](levels[rows])
-
-
 @command(Ascent, Examples, Engine)
 def sigma(
     model: Annotated[str, typer.Argument(help="A checkpoint (ours or published), or a zoo name.")],
@@ -323,7 +263,7 @@ def sigma(
 
     `certify --sigma-file` then certifies each image at its level, with fresh noise.
     """
-    network, header = _load_model(model, architecture, data)
+    network, header = load_model(model, architecture, data)
     ascent, engine = take(options, Ascent), take(options, Engine)
     examples = take(options, Examples)
     images, _ = datasets.load(header["data"], examples.split, path=data_path)
@@ -399,7 +339,7 @@ def quantize(
     """
     if out.exists():
         raise ValueError(f"{out} exists: a network is quantised once; give another --out")
-    network, header = _load_model(model, architecture, data)
+    network, header = load_model(model, architecture, data)
     header |= {"name": pathlib.Path(model).name.removesuffix(".safetensors")}
     smoothing = take(options, NOISES, noise)
     made = quantize_network(out, network, header, smoothing, data_path, images, seed)
@@ -449,14 +389,40 @@ def report(
     )
 
 
-def _rows(table):
-    """The rows of a table as dicts for JSON, None where a log does not say."""
-    return table.astype(object).where(table.notna(), None).reset_index().to_dict("records")
+@command()
+def info(
+    path: Annotated[pathlib.Path, typer.Argument(help="A checkpoint, a record (.npz) or a log.")],
+    architecture: Annotated[
+        Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
+    ] = None,
+    data: Annotated[Data | None, typer.Option(help="Where the checkpoint does not say it.")] = None,
+    as_json: AsJson = False,
+):
+    """Say what a checkpoint, a record or a log holds."""
+    start = read_bytes(path, "give the path of a checkpoint, a record or a log")[:6]
+    if start.startswith(b"idx\t") or start == b'{"run"':
+        facts = {"kind": "log"} | _json_rows(summarize({str(path): read_log(path)}))[0]
+    elif path.suffix == ".npz":
+        record = load_counts(path)
+        size = {"examples": len(record.index), "classes": record.counts.shape[-1]}
+        facts = {"kind": "record"} | size | record.header | {"votes": int(record.counts.sum())}
+    else:
+        network, header = load_checkpoint(path, architecture, data)
+        weights = list(network.parameters()) or network.integers()
+        parameters = sum(tensor.numel() for tensor in weights)
+        facts = {"kind": "checkpoint"} | header
+        facts |= {"parameters": parameters, "model_sha256": model_hash(network)}
+    if as_json:
+        print(json.dumps(facts))
+    else:
+        for name, value in facts.items():
+            print(f"{name:16} {_in_words(value)}")
 
 
 def _print_report(table, as_json, style=None):
+    """Print a table of `summarize` as JSON, "csv", "latex", "markdown", or for a terminal."""
     if as_json:
-        print(json.dumps(_rows(table)))
+        print(json.dumps(_json_rows(table)))
     elif style == "csv":
         print(table.to_csv(lineterminator="\n"), end="")
     elif style == "latex":
@@ -481,37 +447,13 @@ def _print_report(table, as_json, style=None):
         (console if console.is_terminal else Console(width=200)).print(shown)
 
 
-@command()
-def info(
-    path: Annotated[pathlib.Path, typer.Argument(help="A checkpoint, a record (.npz) or a log.")],
-    architecture: Annotated[
-        Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
-    ] = None,
-    data: Annotated[Data | None, typer.Option(help="Where the checkpoint does not say it.")] = None,
-    as_json: AsJson = False,
-):
-    """Say what a checkpoint, a record or a log holds."""
-    start = read_bytes(path, "give the path of a checkpoint, a record or a log")[:6]
-    if start.startswith(b"idx\t") or start == b'{"run"':
-        facts = {"kind": "log"} | _rows(summarize({str(path): read_log(path)}))[0]
-    elif path.suffix == ".npz":
-        record = load_counts(path)
-        size = {"examples": len(record.index), "classes": record.counts.shape[-1]}
-        facts = {"kind": "record"} | size | record.header | {"votes": int(record.counts.sum())}
-    else:
-        network, header = load_checkpoint(path, architecture, data)
-        weights = list(network.parameters()) or network.integers()
-        parameters = sum(tensor.numel() for tensor in weights)
-        facts = {"kind": "checkpoint"} | header
-        facts |= {"parameters": parameters, "model_sha256": model_hash(network)}
-    if as_json:
-        print(json.dumps(facts))
-    else:
-        for name, value in facts.items():
-            print(f"{name:16} {_in_words(value)}")
+def _json_rows(table):
+    """The rows of a table as dicts for JSON, None where a log does not say."""
+    return table.astype(object).where(table.notna(), None).reset_index().to_dict("records")
 
 
 def _in_words(value):
+    """A value of a header as text: of a dict with a name, the name and then the rest."""
     if not isinstance(value, dict):
         return value
     rest = [f"{key} {part}" for key, part in value.items() if key != "name"]
@@ -519,7 +461,7 @@ def _in_words(value):
 
 
 def _say(text):
-    # Above a progress bar, not into it.
+    """Print a message to stderr, above a progress bar and not into it."""
     tqdm.write(text, file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""Dataclasses as options of the command line: what a command offers, and the objects it is given.
+"""Options of the command line: what a command offers, and the objects that it is given.
 
 A group of options is a dataclass, or a registry, whose classes share the options of one name.
 Examples and Engine are groups of several commands.
@@ -7,13 +7,20 @@ Examples and Engine are groups of several commands.
 import dataclasses
 import functools
 import inspect
+import pathlib
 from typing import Annotated, Literal
 
 import numpy as np
 import typer
 
+from lib import data as datasets
+from lib import zoo
 from lib.engine.classifier import DTYPES
 from lib.engine.hardware import pick_device
+from lib.ensemble import Ensemble
+from lib.models import load_checkpoint, model_hash
+from lib.noise import NOISES
+from lib.sigma import load_sigma
 from lib.store.registry import option
 
 
@@ -159,3 +166,70 @@ def take(options, group, name=None):
     if foreign := sorted(set(own) - {f.name for f in dataclasses.fields(group[name])}):
         raise typer.BadParameter(f"{group.kind} {name} takes no {', '.join(foreign)}")
     return group.make(name, **own)
+
+
+def load_model(spec, architecture=None, data=None):
+    """(module, header) of a checkpoint file or of a network of the zoo."""
+    if pathlib.Path(spec).is_file():
+        network, header = load_checkpoint(spec, architecture, data)
+    elif spec in zoo.MODELS:
+        recipe = zoo.MODELS[spec]
+        header = {"architecture": recipe.architecture, "data": recipe.data}
+        network = zoo.model(spec)
+    else:
+        names = ", ".join(zoo.MODELS)
+        raise FileNotFoundError(f"model {spec} is neither a file nor a name of the zoo ({names})")
+    if data not in (None, header["data"]):
+        raise ValueError(
+            f"data must be {header['data']}, which {spec} was trained on, or be left out; "
+            f"got {data}"
+        )
+    return network, header
+
+
+def load_ensemble(specs, vote, weights, consensus, architecture=None, data=None):
+    """(module, header) of one network as it is, or of several as a lib.ensemble.Ensemble."""
+    loaded = [load_model(spec, architecture, data) for spec in specs]
+    network, header = loaded[0]
+    if len(loaded) == 1 and {vote, weights, consensus} == {None}:
+        return network, header
+    members = [network for network, _ in loaded]
+    if len(loaded) == 1 and isinstance(network, Ensemble):
+        members = network.members
+    names = sorted({header["data"] for _, header in loaded})
+    if len(names) > 1:
+        raise ValueError(f"model must be networks of one data set; got {', '.join(names)}")
+    try:
+        weights = None if weights is None else [float(weight) for weight in weights.split(",")]
+    except ValueError as error:
+        raise typer.BadParameter(f"--weights takes numbers between commas: {weights}") from error
+    return Ensemble(members, vote or "soft", weights, consensus), header
+
+
+def load_levels(path, steps, network, images, index):
+    """The noise of a sigma file for the examples to certify, which it must hold."""
+    hashes = {
+        "model_sha256": model_hash(network),
+        "data_sha256": datasets.content_hash(images),
+    }
+    found = load_sigma(path, **hashes)
+    if missing := sorted(set(index.tolist()) - set(found.index.tolist())):
+        raise ValueError(
+            f"{path} has no level for example {missing[0]}, the first of {len(missing)}: "
+            "give `certify` the --start, --stop and --skip of `sigma`"
+        )
+    levels = found.levels[-1] if steps is None else found.at(steps)
+    rows = np.searchsorted(found.index, index)
+    return NOISES[found.header["noise"]](levels[rows])
+
+
+def check_sigma_file(path, steps, noise, options):
+    """Refuse options that a sigma file, or the lack of one, leaves without effect."""
+    if path is None and steps is not None:
+        raise typer.BadParameter(
+            "--sigma-steps chooses among the levels of a file: it needs --sigma-file"
+        )
+    own = [*(["noise"] if noise else []), *(name for name in options if name in fields(NOISES))]
+    if path is not None and own:
+        flag = own[0].replace("_", "-")
+        raise typer.BadParameter(f"--sigma-file holds the noise and its levels: leave out --{flag}")

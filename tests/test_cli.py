@@ -637,7 +637,7 @@ def test_damage_inside_a_journal_is_named(reference, tmp_path, old, new):
 
 
 def test_ctrl_c_says_how_to_go_on(reference, tmp_path, monkeypatch):
-    calls, certify_group = [], jobs._certify_group
+    calls, certify_group = [], jobs.certify_group
 
     def interrupted(*arguments):
         calls.append(1)
@@ -645,7 +645,7 @@ def test_ctrl_c_says_how_to_go_on(reference, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return certify_group(*arguments)
 
-    monkeypatch.setattr(jobs, "_certify_group", interrupted)
+    monkeypatch.setattr(jobs, "certify_group", interrupted)
     assert "the same command continues" in refused(
         *SMALL, "--out", tmp_path / "small.tsv", code=130
     )

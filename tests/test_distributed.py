@@ -141,7 +141,7 @@ def test_a_process_with_other_settings_is_refused(tmp_path, monkeypatch):
             noise = {"noise": Gaussian(0.25).describe()}
             return {"settings": job.settings | noise, "engine": {}, "todo": [0]}
 
-    monkeypatch.setattr(jobs, "_Group", Group)
+    monkeypatch.setattr(jobs, "Group", Group)
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     network, images = torch.nn.Linear(1, 2), torch.zeros(1, 1, 1, 1)

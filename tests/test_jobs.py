@@ -48,7 +48,7 @@ def run(*given, **keywords):
 
 def run_until(group, monkeypatch, *given):
     """A run that meets Ctrl-C as this group begins, of groups of one example each."""
-    certify, calls = jobs._certify_group, []
+    certify, calls = jobs.certify_group, []
 
     def stopped(*given):
         calls.append(1)
@@ -58,7 +58,7 @@ def run_until(group, monkeypatch, *given):
 
     with monkeypatch.context() as patch:
         patch.setattr(jobs, "BLOCKS", 1)
-        patch.setattr(jobs, "_certify_group", stopped)
+        patch.setattr(jobs, "certify_group", stopped)
         with pytest.raises(KeyboardInterrupt):
             run(*given)
 
@@ -75,9 +75,9 @@ def test_the_first_stage_of_an_adaptive_sampler_fills_blocks(tmp_path, threads):
 
 def test_a_fixed_sampler_is_journaled_after_few_blocks(tmp_path, monkeypatch):
     """Its blocks are full by themselves, and a kill loses a group at most."""
-    groups, certify = [], jobs._certify_group
+    groups, certify = [], jobs.certify_group
     monkeypatch.setattr(
-        jobs, "_certify_group", lambda *given: groups.append(len(given[2])) or certify(*given)
+        jobs, "certify_group", lambda *given: groups.append(len(given[2])) or certify(*given)
     )
     passes, votes = run(Certify(60, 580), 10, tmp_path / "log")
     assert groups == [2] * 5
@@ -170,7 +170,7 @@ class Group:
 def run_as_second(task, monkeypatch):
     """The second process's share of a run that the first has opened."""
     with monkeypatch.context() as patch:
-        patch.setattr(jobs, "_Group", Group)
+        patch.setattr(jobs, "Group", Group)
         patch.setenv("RANK", "1")
         patch.setenv("WORLD_SIZE", "2")
         jobs.run(task)

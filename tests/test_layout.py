@@ -19,7 +19,8 @@ ensemble
 models
 variance theory
 engine.hardware engine.folding engine.admission engine.tuning engine.*
-engine.classifier engine.readouts engine.live engine.jobs engine.moments
+engine.classifier engine.readouts engine.live engine.processes engine.settings engine.stages
+engine.jobs engine.moments
 counts
 certify iss adaptive audit memory sigma copies attacks losses metrics
 samplers plots

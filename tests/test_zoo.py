@@ -52,7 +52,7 @@ def test_a_record_stopped_and_continued_equals_one_counted_at_once(tmp_path, mon
     some, path = np.arange(0, 360, 40), tmp_path / "parts.npz"
     zoo.count(NAME, tmp_path / "whole.npz", index=some)
     assert zoo.count(NAME, path, n=370, index=some).draws == 370
-    certify, calls = jobs._certify_group, []
+    certify, calls = jobs.certify_group, []
 
     def killed(*arguments):
         calls.append(1)
@@ -61,11 +61,11 @@ def test_a_record_stopped_and_continued_equals_one_counted_at_once(tmp_path, mon
         return certify(*arguments)
 
     monkeypatch.setattr(jobs, "BLOCKS", 1)
-    monkeypatch.setattr(jobs, "_certify_group", killed)
+    monkeypatch.setattr(jobs, "certify_group", killed)
     with pytest.raises(KeyboardInterrupt):
         zoo.count(NAME, path, index=some)
     assert 370 <= load_counts(path).draws < 1000
-    monkeypatch.setattr(jobs, "_certify_group", certify)
+    monkeypatch.setattr(jobs, "certify_group", certify)
     zoo.count(NAME, path, index=some)
     assert path.read_bytes() == (tmp_path / "whole.npz").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["parts.npz", "whole.npz"]
