@@ -25,7 +25,7 @@ def last_stage_size(n, alpha, s):
 
     ceil(n (1 - log_alpha s)): all of them hits, at level alpha / s, bound the probability by
     (alpha / s)^(1 / n_s), which is CERTIFY's alpha^(1 / n) there (Horvath et al. 2022, theorem
-    6.1.3). 1,200,687 at n = 1,000,000, alpha = .001, s = 4. Raises ValueError naming the argument.
+    6.1.3). 120,069 at n = 100,000, alpha = .001, s = 4. Raises ValueError naming the argument.
     """
     check_draws(n=n, s=s)
     check_level(alpha=alpha)
