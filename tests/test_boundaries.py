@@ -239,6 +239,24 @@ def test_few_draws_that_do_not_certify_at_the_level_of_two_classes():
     assert error(found) <= 0.001
 
 
+@pytest.mark.parametrize("alpha", [0.001, 0.05, 0.2])
+@pytest.mark.parametrize(("null", "n"), [(0.5, 100), (0.52, 20), (0.6, 1000), (0.95, 100)])
+def test_two_classes_are_the_worst_truth(null, n, alpha):
+    """No three classes err more often than `error` says, and its reason holds at every boundary."""
+    found = compute(null, n, alpha)
+    p = np.linspace(0, null, 25)
+    crossed = {0.0: 0.0} | {q: crossing(found, q) for q in p[1:]}
+    assert np.diff(list(crossed.values()), 2).min() > -1e-12
+    for first, second in itertools.combinations_with_replacement(p, 2):
+        third = 1 - first - second
+        if 0 < third <= null:
+            total = crossed[first] + crossed[second] + crossing(found, third)
+            assert total <= error(found) + 1e-12
+    hits, draws = (part[found.certify <= found.looks] for part in (found.certify, found.looks))
+    sign = hits * (hits - 1) - 2 * null * hits * (draws - 1) + null**2 * draws * (draws - 1)
+    assert (sign > 0).all()
+
+
 def test_the_least_alpha_has_a_design():
     assert 0.9e-10 < error(design(0.8, 1000, 1e-10)) <= 1e-10
 
