@@ -317,8 +317,8 @@ def load_table(path, settings):
 def error(boundaries, alone=False):
     """The exact type-I error at the worst truth: two classes of p = null and 1 - null, any crosses.
 
-    With more classes, or a smaller p, it is less: the chance to cross is 0 at p = 0 and convex up to
-    null. (A path of S hits in n has p^S (1 - p)^(n - S), whose second derivative has the sign of
+    With more classes, or a smaller p, it is less: the chance to cross is 0 at p = 0, and convex up
+    to null. (A path of S hits in n has p^S (1 - p)^(n - S), whose second derivative has the sign of
     S (S - 1) - 2 p S (n - 1) + p^2 n (n - 1), positive at every S that crosses at a small alpha.)
     alone: that of one class fixed beforehand, at p = null.
     """
