@@ -21,6 +21,7 @@ from lib.checks import (
     difference,
 )
 from lib.engine.admission import logits_of
+from lib.engine.hardware import keep_freed_memory
 from lib.sigma import Objective, carry
 from lib.store.files import sha256, write_atomically
 from lib.store.registry import option
@@ -108,6 +109,7 @@ def fit(
         raise ValueError(f"noise must have one level, or {len(x)}, one per image; got {noise.size}")
     settings = _settings(model, x, y, loss, noise, schedule, state)
     device = torch.device(device) if device else next(model.parameters()).device
+    keep_freed_memory()
     model.to(device).to(memory_format=torch.channels_last)
     with torch.no_grad():
         classes = logits_of(model.eval(), x[:1].to(device)).shape[1]

@@ -69,7 +69,7 @@ def cores(number):
 
 
 def keep_freed_memory():
-    """Tell glibc to keep the activations that are freed after each block.
+    """Tell glibc to keep the activations that are freed after each block or step.
 
     They are wanted again at once, and a page fault costs more.
     """
