@@ -8,9 +8,10 @@ given so far: a new answer is changed where it would contradict one of them.
 
 What this covers: the classifier together with its history. After any sequence of `add`, no two
 remembered balls of different classes meet, so every later answer inside a remembered ball is that
-ball's class, as long as the memory is kept and is asked each time. It does not make the function
-from images to classes robust: with another history the same image may get another class, and
-whoever chooses the order of the queries chooses among these answers (Sukenik et al. 2022).
+ball's class, or an abstention where the answer given to `add` is one (`query` names the ball's
+class then, too), as long as the memory is kept and is asked each time. It does not make the
+function from images to classes robust: with another history the same image may get another class,
+and whoever chooses the order of the queries chooses among these answers (Sukenik et al. 2022).
 """
 
 import dataclasses
