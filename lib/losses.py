@@ -40,8 +40,8 @@ ATTACKS, TRAIN = ("pgd", "ddn"), ("each", "mean")
 class GaussianLoss:
     """Cross-entropy under Gaussian data augmentation (Cohen et al. 2019, section 3.3, appendix F).
 
-    By Jensen's inequality, its negative bounds from below what training should maximise: the
-    log-probability that the noisy image is classified correctly (equations 17 and 18).
+    By Jensen's inequality, its negative bounds from below the log of the mean softmax (equation
+    18), which stands in for the log-probability that the noisy image is classified correctly (17).
 
     - smoothing: label smoothing in [0, 1).
     - m: noisy copies of each image.
