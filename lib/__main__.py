@@ -205,7 +205,8 @@ def certify(
     if rank()[0] == 0:
         _say(
             f"{done} examples certified in {time.perf_counter() - begin:.1f} s, "
-            f"{len(index) - done} were done before: {out}, record {out}.npz"
+            f"{len(index) - done} were done before: "
+            f"{f'{out}, record ' if job.certifies else ''}{out}.npz"
         )
         if standard := getattr(job_sampler, "standard", None):
             mean = float(read_log(out)["n"].mean())

@@ -14,8 +14,8 @@ from scipy.special import ndtr, ndtri
 
 from lib.boundaries import bonferroni, crossing, design, stopped
 from lib.bounds import clopper_pearson_lower
-from lib.certify import ABSTAIN, Certificates, votes_for
-from lib.checks import check_choice, check_draws, check_labels, check_level, check_noise
+from lib.certify import ABSTAIN, Certificates, choose_class, votes_for
+from lib.checks import check_choice, check_draws, check_level, check_noise
 
 AIMS = ("acr", "radius")  # of the staircase: the mean radius of right images, or of all
 
@@ -27,8 +27,7 @@ def last_stage_size(n, alpha, s):
     (alpha / s)^(1 / n_s), which is CERTIFY's alpha^(1 / n) there (Horvath et al. 2022, theorem
     6.1.3). 120,069 at n = 100,000, alpha = .001, s = 4. Raises ValueError naming the argument.
     """
-    check_draws(n=n, s=s)
-    check_level(alpha=alpha)
+    (n, s), alpha = check_draws(n=n, s=s), check_level(alpha=alpha)
     return int(np.ceil(n * (1 - np.log(s) / np.log(alpha))))
 
 
@@ -94,7 +93,9 @@ def _at_radii(counts, noise, radii, tests_of, chosen=None, spent=0):
     passed, winner, drawn = (np.zeros(len(counts), dtype=np.int64) for _ in range(3))
     for kind in np.unique(nulls, axis=1).T:
         alive = (nulls == kind[:, None]).all(axis=0)
-        found = _follow(counts, tests_of(kind), alive, chosen)
+        if not (tests := tests_of(kind)):
+            continue
+        found = _follow(counts, tests, alive, chosen)
         for all_, part in zip((passed, winner, drawn), found, strict=True):
             all_[alive] = part[alive]
     certain, best = passed > 0, np.maximum(passed - 1, 0)
@@ -136,11 +137,11 @@ def certify_at(counts, noise, radius, stages, alpha, beta, n0=100, prediction=No
     ValueError naming radius, stages, alpha, beta, n0, prediction or noise.
     """
     stages = _check_stages(stages)
-    check_level(alpha=alpha, beta=beta)
+    alpha, beta = check_level(alpha=alpha, beta=beta)
     check_noise(counts, noise)
     if np.ndim(radius):
         raise ValueError(f"radius must be one number; got {radius!r}. A grid: certify_anytime")
-    chosen = _choose(counts, n0, prediction)
+    chosen = choose_class(counts, n0, prediction)
 
     def tests_of(kind):
         return [bonferroni(kind[0], stages, alpha, beta)]
@@ -149,21 +150,10 @@ def certify_at(counts, noise, radius, stages, alpha, beta, n0=100, prediction=No
 
 
 def _check_stages(stages):
-    check_draws(stages=stages)
-    stages = np.atleast_1d(np.asarray(stages, dtype=np.int64))
+    stages = np.atleast_1d(check_draws(stages=stages))
     if stages.ndim != 1 or (np.diff(stages) <= 0).any():
         raise ValueError(f"stages must rise, such as (100, 1000, 10_000); got {stages.tolist()}")
     return stages
-
-
-def _choose(counts, n0, prediction=None):
-    """The class of each example: by n0 draws, or as given (then n0 must be 0)."""
-    if prediction is None:
-        check_draws(n0=n0)
-        return counts.draw(n0).argmax(axis=1)
-    if np.any(n0):
-        raise ValueError(f"n0 must be 0 where prediction gives the classes; got {n0!r}")
-    return check_labels(prediction, len(counts), "prediction", counts.classes)
 
 
 def stage_shares(certificates, spent):
@@ -207,7 +197,8 @@ def certify_anytime(counts, noise, radius, n, alpha, beta=None, runner_up=False,
     (fixed-sequence testing): to certify any false radius, the smallest false one must be certified,
     which has probability <= alpha.
 
-    - counts: source of votes for B examples; up to 1.35 n draws of an example are taken.
+    - counts: source of votes for B examples; 1.35 n draws of an example are taken at most, for the
+      smallest n up to 2 n.
     - noise: smoothing distribution, in whose norm and units the radius is.
     - radius: number >= 0, or rising numbers [R]: a certificate holds the largest certified.
     - n: draws of the CERTIFY to keep up with.
@@ -223,20 +214,26 @@ def certify_anytime(counts, noise, radius, n, alpha, beta=None, runner_up=False,
     hits in n draws certify a radius. Each table is computed once for (p_r, n, alpha, beta) and then
     loaded from a cache; noise of many levels means many tables, one of each.
     """
-    check_draws(n=n)
-    check_level(alpha=alpha)
+    n, alpha = check_draws(n=n), check_level(alpha=alpha)
     check_noise(counts, noise)
     radii = _check_radius(radius)
     if runner_up:
         if len(radii) > 1 or beta is not None:
             raise ValueError("runner_up takes one radius, and no beta")
         return _certify_pair(counts, noise, float(radii[0]), n, alpha, n0)
-    return _at_radii(counts, noise, radii, lambda kind: _grid(kind, n, alpha, beta))
+    nulls = _nulls(noise, radii, len(counts))
+    # Where levels differ, an example abstains undrawn from a radius that n hits do not certify.
+    some = noise.size is not None and (n * np.log(nulls[0]) <= np.log(alpha)).any()
+
+    def tests_of(kind):
+        return _grid(kind[n * np.log(kind) <= np.log(alpha)] if some else kind, n, alpha, beta)
+
+    return _at_radii(counts, noise, radii, tests_of)
 
 
 def _grid(nulls, n, alpha, beta):
     """The tests of rising radii on one stream, each with a total error <= alpha."""
-    tests = [design(nulls[0], n, alpha, beta)]
+    tests = [design(null, n, alpha, beta) for null in nulls[:1]]
     for low, null in itertools.pairwise(nulls):
         level = alpha
         while True:
@@ -273,12 +270,12 @@ def _certify_pair(counts, noise, radius, n, alpha, n0):
     least B's: each with probability <= alpha, and a certificate needs both. So their union is never
     paid for (an intersection-union test), nor is one over classes.
     """
-    check_draws(n0=n0)
+    n0 = check_draws(n0=n0)
     if not hasattr(noise, "radius_two") or np.ndim(getattr(noise, "level", 0.0)):
         raise ValueError(
             f"noise must have a radius of two probabilities (radius_two) and one level; got {noise}"
         )
-    points = curve(noise, radius, n, alpha)
+    points = probability_pairs(noise, radius, n, alpha)
     first = counts.draw(n0)
     chosen, which = first.argmax(axis=1), _nearest(points, first, n0)
     size = len(counts)
@@ -296,7 +293,7 @@ def _certify_pair(counts, noise, radius, n, alpha, n0):
     )
 
 
-def curve(noise, radius, n, alpha, step=0.125):
+def probability_pairs(noise, radius, n, alpha, step=0.125):
     """Points (a, b) with radius_two(a, b) >= radius, float64 [P, 2]: the first has b = 1 - a.
 
     From there a falls in steps of `step` standard normal quantiles, b with it, as long as n draws
@@ -307,7 +304,8 @@ def curve(noise, radius, n, alpha, step=0.125):
     for below in np.arange(40) * step:
         a = float(noise.probability(radius) if below == 0 else ndtr(top - below))
         b = 1 - a if below == 0 else _largest_b(noise, radius, a)
-        if b * n < 20 or a <= b:
+        # Fewer votes could not show p_B <= b, at this alpha none at all.
+        if b * n < max(20, -1.1 * np.log(alpha)) or a <= b:
             break
         points.append((a, b))
     if not points:
@@ -386,10 +384,10 @@ def staircase(n, alpha, price=0.3, looks=40, aim="acr"):
       as .4 + .15 Phi^-1(k / n_j), at most 1. This line fits a ResNet-110 on CIFAR-10 (twelve
       published logs pooled: .38 near p = 1/2, .57 at .83, .77 at .985, .96 near 1).
     """
-    check_draws(n=n, looks=looks)
+    n, looks = check_draws(n=n, looks=looks)
     if np.ndim(n):
         raise ValueError(f"n must be one whole number, the draws of the last look; got {n!r}")
-    check_level(alpha=alpha)
+    alpha = check_level(alpha=alpha)
     check_choice(AIMS, aim=aim)
     if not np.isscalar(price) or not 0 <= price < np.inf:
         raise ValueError(f"price must be a finite price >= 0, such as 0.3; got {price!r}")
@@ -447,7 +445,7 @@ def certify_staircase(counts, noise, n0, n, alpha, price=0.3, looks=40, aim="acr
     """
     check_noise(counts, noise)
     sizes, gates = staircase(n, alpha, price, looks, aim)
-    chosen = _choose(counts, n0, prediction)
+    chosen = choose_class(counts, n0, prediction)
     size = len(counts)
     hits, drawn = np.zeros(size, dtype=np.int64), np.zeros(size, dtype=np.int64)
     alive, before, p_lower = np.ones(size, dtype=bool), 0, np.zeros(size)

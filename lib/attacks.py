@@ -5,7 +5,6 @@ noise at each step. `pgd` and `ddn` are the attacks of SmoothAdv (Salman et al. 
 noises that stay fixed.
 """
 
-import contextlib
 import copy
 import math
 
@@ -15,7 +14,7 @@ from torch.nn import functional
 
 from lib.checks import check_draws, check_images, check_labels, check_seed
 from lib.copies import log_mean_softmax, logits_of_copies
-from lib.engine.admission import logits_of
+from lib.engine.admission import evaluating, logits_of
 from lib.noise import noise_stream
 
 # Noise of step t is chunk STREAMS + t of the example's stream. No ModelCounts of the same seed gets
@@ -59,7 +58,7 @@ def attack_smoothed(
       ModelCounts (default 0..B-1).
     - bounded: with False, x + delta may leave [0, 1], as in the certificate, which covers the whole
       ball in R^d: count its votes with ModelCounts(..., bounded=False). True clamps each step.
-    - block: noisy images per pass; changes memory, not the noise.
+    - block: noisy images per pass; on a CPU it changes memory alone, on a GPU the noise, too.
 
     Returns float32 images [B, ...], each strictly inside its radius (in float64). Raises ValueError
     naming the argument.
@@ -201,18 +200,6 @@ def _direction(model, x, delta, y, eps):
         objective = functional.nll_loss(log_mean_softmax(logits), y, reduction="sum")
         gradient = torch.autograd.grad(objective, delta)[0]
     return normalised(gradient), logits.detach().argmax(dim=2).mode(dim=1).values != y
-
-
-@contextlib.contextmanager
-def evaluating(model):
-    """Eval mode, and afterwards each module's own mode again."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
 
 
 def _norm(images):

@@ -246,17 +246,16 @@ def design(null, n, alpha, beta=None, alone=False):
     or exact type-I error are not right is computed anew. Raises ValueError naming null, n, alpha,
     beta, or the radius where even n hits in n draws do not certify it.
     """
-    check_draws(n=n)
-    check_level(alpha=alpha)
+    if np.ndim(n):
+        raise ValueError(f"n must be one whole number; got {n!r}")
+    n, alpha = check_draws(n=n), check_level(alpha=alpha)
     if beta is not None:
-        check_level(beta=beta)
+        beta = check_level(beta=beta)
     if alpha < LEAST_ALPHA:
         raise ValueError(
             f"alpha must be at least {LEAST_ALPHA}, below which the errors computed are not exact "
             f"enough (a grid of radii spends half of it on each): take a larger one; got {alpha!r}"
         )
-    if np.ndim(n):
-        raise ValueError(f"n must be one whole number; got {n!r}")
     if not (0 if alone else 0.5) <= null < 1 or null == 0:
         raise ValueError(
             "radius must be one that a probability below 1 certifies: null must be in [1/2, 1), or "

@@ -106,16 +106,22 @@ def certify(counts, noise, n0, n, alpha, prediction=None):
     """
     n, alpha = check_draws(n=n), check_level(alpha=alpha)
     check_noise(counts, noise)
-    if prediction is None:
-        n0 = check_draws(n0=n0)
-        prediction = counts.draw(n0).argmax(axis=1)
-    elif np.any(n0):
-        raise ValueError(f"n0 must be 0 where prediction gives the classes; got {n0!r}")
-    else:
-        prediction = check_labels(prediction, len(counts), "prediction", counts.classes)
+    prediction = choose_class(counts, n0, prediction)
     # Fresh draws: the ones that chose the class would make the bound too high.
     p_lower = clopper_pearson_lower(votes_for(prediction, counts.draw(n)), n, alpha)
-    return Certificates.from_bounds(prediction, p_lower, noise, draws=np.add(n0, n))
+    return Certificates.from_bounds(prediction, p_lower, noise, draws=np.add(n0, n, dtype=np.int64))
+
+
+def choose_class(counts, n0, prediction=None):
+    """The class of each example, int64 [B]: by n0 draws, or as given (then n0 must be 0).
+
+    Raises ValueError naming n0 or prediction.
+    """
+    if prediction is None:
+        return counts.draw(check_draws(n0=n0)).argmax(axis=1)
+    if np.any(n0):
+        raise ValueError(f"n0 must be 0 where prediction gives the classes; got {n0!r}")
+    return check_labels(prediction, len(counts), "prediction", counts.classes)
 
 
 def certify_margin(counts, noise, n0, n, alpha, share=0.9):
@@ -148,8 +154,8 @@ def certify_margin(counts, noise, n0, n, alpha, share=0.9):
     Returns Certificates of B examples; p_lower is L, which may lie below 1/2 where U does, too.
     With two classes this is CERTIFY at share alpha. Raises ValueError naming the argument.
     """
-    check_draws(n0=n0, n=n)
-    check_level(alpha=alpha, share=share)
+    n0, n = check_draws(n0=n0, n=n)
+    alpha, share = check_level(alpha=alpha, share=share)
     _check_two(counts, noise)
     prediction = counts.draw(n0).argmax(axis=1)
     votes = counts.draw(n)
@@ -183,8 +189,7 @@ def certify_partition(counts, noise, n0, n, alpha, merge=True):
 
     Arguments, return value and errors are those of `certify_margin`.
     """
-    check_draws(n0=n0, n=n)
-    check_level(alpha=alpha)
+    (n0, n), alpha = check_draws(n0=n0, n=n), check_level(alpha=alpha)
     _check_two(counts, noise)
     first = counts.draw(n0)
     prediction, at = first.argmax(axis=1), np.arange(len(first))

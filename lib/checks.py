@@ -148,9 +148,10 @@ def check_labels(labels, size, name="labels", classes=None):
     if size and array.min() < 0:
         raise ValueError(f"{name} must be >= 0; got {array.min()}")
     if size and classes is not None and array.max() >= classes:
+        what = "examples" if name == "index" else "classes"
+        kind = "" if name == "index" else "class indices "
         raise ValueError(
-            f"{name} must be class indices below {classes}, the number of classes; "
-            f"got {array.max()}"
+            f"{name} must be {kind}below {classes}, the number of {what}; got {array.max()}"
         )
     return _int64(array, name)
 

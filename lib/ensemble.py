@@ -184,12 +184,16 @@ def noisy_logits(models, x, noise, draws, seed=0, index=None):
     ensemble, out = Ensemble(models), []
     training = [module for module in ensemble.modules() if module.training]
     ensemble.eval()
-    for i, image in enumerate(x):
-        generator = np.random.default_rng([seed, int(index[i])])
-        noisy = noise.select(np.full(draws, i)).sample(image.expand(draws, *image.shape), generator)
-        out.append(torch.cat([ensemble.member_logits(part) for part in noisy.split(500)], dim=1))
-    for module in training:
-        module.training = True
+    try:
+        for i, image in enumerate(x):
+            generator = np.random.default_rng([seed, int(index[i])])
+            copies = image.expand(draws, *image.shape)
+            noisy = noise.select(np.full(draws, i)).sample(copies, generator)
+            parts = [ensemble.member_logits(part) for part in noisy.split(500)]
+            out.append(torch.cat(parts, dim=1))
+    finally:
+        for module in training:
+            module.training = True
     return torch.stack(out).permute(0, 2, 1, 3)
 
 

@@ -60,6 +60,11 @@ def expand(entry):
     return experiments
 
 
+def _check_new(name, known, path):
+    if name in known:
+        raise ValueError(f"{path} has {name} twice: give one of them another name")
+
+
 def read_table(path=DATA / "experiments.toml"):
     """({name: Recipe}, {name: Run}, {name: networks}) of the table of experiments.
 
@@ -71,7 +76,7 @@ def read_table(path=DATA / "experiments.toml"):
     schedule = [field.name for field in dataclasses.fields(Schedule)]
     models, runs = {}, {}
     for name, fields in itertools.chain.from_iterable(map(expand, table["model"])):
-        check_choice((False,), **{f"{name} twice in {path}": name in models})
+        _check_new(name, models, path)
         options = {key: fields.pop(key) for key in schedule if key in fields}
         models[name] = Recipe(**fields, schedule=Schedule(**options))
     ensembles = {name: members.split() for name, members in table.get("ensembles", {}).items()}
@@ -79,7 +84,7 @@ def read_table(path=DATA / "experiments.toml"):
         for member in members:
             check_choice(models, **{f"a member of {name}": member})
     for name, fields in itertools.chain.from_iterable(map(expand, table["record"])):
-        check_choice((False,), **{f"{name} twice in {path}": name in runs})
+        _check_new(name, runs, path)
         if "of" in fields:
             check_choice(runs, of=fields["of"])
             same = {key: getattr(runs[fields["of"]], key) for key in ("model", "noise", "stride")}

@@ -24,9 +24,10 @@ import math
 import torch
 from torch.nn import functional
 
-from lib.attacks import ddn, evaluating, normalised, pgd, within
+from lib.attacks import ddn, normalised, pgd, within
 from lib.checks import check_choice, check_draws
 from lib.copies import additive, fresh_logits, log_mean_softmax, logits_of_copies
+from lib.engine.admission import evaluating
 from lib.models import load_checkpoint
 from lib.store.registry import Registry, option
 

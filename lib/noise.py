@@ -27,7 +27,8 @@ from lib.store.registry import Registry
 
 CHUNK = 100  # draws that share one random stream: part of the definition of the noise
 # Streams of other purposes than noise end in one of these words, so that none of them is a stream
-# of noise or of another purpose, whatever the seeds are. Noise ends in none.
+# of noise or of another purpose, whatever the seeds are. Noise ends in none. One exception:
+# `ensemble.noisy_logits` draws held-out images' noise from another kind of generator (PCG64).
 PURPOSES = {"replay": 1, "simulation": 2, "search": 81}
 
 NOISES = Registry("noise")

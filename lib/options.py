@@ -40,6 +40,8 @@ class Examples:
             raise ValueError(
                 f"start must be >= 0 and skip >= 1; got start = {self.start}, skip = {self.skip}"
             )
+        if self.stop is not None and self.stop < 0:
+            raise ValueError(f"stop must be >= 0, or be left out; got {self.stop}")
         ends = [end for end in (self.stop, self.max) if end is not None and end >= 0]
         index = np.arange(min([size, *ends]))
         index = index[(index >= self.start) & (index % self.skip == 0)]

@@ -27,6 +27,7 @@ from lib.adaptive import (
     staircase,
 )
 from lib.boundaries import bonferroni, certify_count, design, outcomes, two_classes
+from lib.bounds import clopper_pearson_lower, clopper_pearson_upper
 from lib.certify import ABSTAIN, Certificates, certify, certify_margin, certify_partition
 from lib.checks import check_draws, check_level
 from lib.iss import KINDS, certify_iss, failure_rate, sample_size_map
@@ -170,8 +171,21 @@ class Margin(TwoStage):
         return certify_margin(counts, noise, self.n0, self.n, self.alpha, self.share)
 
     def failure(self, p, noise):
-        """P(false certificate) for two classes, exactly: CERTIFY at share alpha."""
-        return Certify(self.n0, self.n, self.share * self.alpha).failure(p, noise)
+        """P(false certificate) for two classes, exactly: from share 1/2 on CERTIFY at share alpha.
+
+        There U is never below 1 - L; with a smaller share it may be.
+        """
+        if self.share >= 0.5:
+            return Certify(self.n0, self.n, self.share * self.alpha).failure(p, noise)
+        k = np.arange(self.n + 1)
+        lower = clopper_pearson_lower(k, self.n, self.share * self.alpha)
+        upper = clopper_pearson_upper(self.n - k, self.n, (1 - self.share) * self.alpha)
+        radius = noise.radius_two(lower, np.minimum(upper, 1 - lower))
+        rates = []
+        for chosen, q in _chosen(self.n0, p):
+            false = radius > noise.radius_two(max(q, 0.5), min(1 - q, 0.5))
+            rates.append(chosen * binom.pmf(k[false], self.n, q).sum())
+        return float(sum(rates))
 
 
 @register("partition")

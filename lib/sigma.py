@@ -28,7 +28,7 @@ from lib.checks import (
     check_sigma,
 )
 from lib.data import content_hash
-from lib.engine.admission import copy_with_shared_weights, logits_of
+from lib.engine.admission import copy_with_shared_weights, evaluating, logits_of
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import cores
 from lib.engine.live import ModelCounts
@@ -327,13 +327,12 @@ def carry(model, x, scale, generator, steps=1, lr=1e-4, n=1, objective=None):
     - model: nn.Module in training. x: images [B, ...] as they are trained on.
     - scale: float32 [B], the levels that the last epoch left. generator: of the noise.
     """
-    objective, training = objective or Objective(), model.training
-    model.eval()
+    objective = objective or Objective()
     zeros = torch.zeros(len(x) * n, *x.shape[1:], device=x.device)
-    for _ in range(steps):
-        unit = objective.noise(1.0).sample(zeros, generator).view(len(x), n, *x.shape[1:])
-        scale, _ = climb(model, x, scale, unit, lr, objective)
-    model.train(training)
+    with evaluating(model):
+        for _ in range(steps):
+            unit = objective.noise(1.0).sample(zeros, generator).view(len(x), n, *x.shape[1:])
+            scale, _ = climb(model, x, scale, unit, lr, objective)
     return scale
 
 
@@ -398,7 +397,8 @@ def search(
 
 def load_sigma(path, **expected):
     """Read a SigmaPath, refusing damage and headers that do not agree with `expected`."""
-    header, arrays = load_arrays(path, "name a file that `python -m lib sigma` wrote")
+    remedy = "name a file that `python -m lib sigma` wrote"
+    header, arrays = load_arrays(path, remedy, ("levels", "index", "nearest"))
     for name, value in expected.items():
         if header.get(name) != value:
             raise ValueError(f"{path} is of {name} = {header.get(name)!r}, not {value!r}")
@@ -431,7 +431,16 @@ def best_expert(networks, noises, x, y, draws=100, seed=0):
     """
     radii = []
     for network, noise in zip(networks, noises, strict=True):
-        base = BaseClassifier(network, x.shape[1:], compile=False)
+        # The same on every machine: labels of a training depend on it.
+        base = BaseClassifier(
+            network,
+            x.shape[1:],
+            device="cpu",
+            dtype="float32",
+            block=250,
+            layout="channels_last",
+            compile=False,
+        )
         counts = ModelCounts(base, x, noise, seed=seed, progress=False)
         votes = votes_for(y.numpy(), counts.draw(draws))
         share = np.clip(votes / draws, 1 / draws, 1 - 1 / draws)
@@ -467,8 +476,8 @@ def certify_dual(router, router_noise, counts, noises, n0, n, alpha, share=0.5):
     too) and the choices, int64 [B], ABSTAIN where the router's certificate fails. Raises ValueError
     naming the argument.
     """
-    check_draws(n0=n0, n=n)
-    check_level(alpha=alpha, share=share)
+    n0, n = check_draws(n0=n0, n=n)
+    alpha, share = check_level(alpha=alpha, share=share)
     if not len(counts) == len(noises) == router.classes:
         raise ValueError(
             f"counts and noises must be {router.classes} each, one for each class of the router; "

@@ -6,6 +6,7 @@ SGD with Nesterov momentum under a one-cycle schedule, stopped and resumed at an
 import copy
 import dataclasses
 import io
+import math
 import pathlib
 
 import numpy as np
@@ -27,6 +28,13 @@ from lib.store.files import sha256, write_atomically
 from lib.store.registry import option
 
 DTYPES = ("float32", "bfloat16")
+RANGES = {
+    "lr": (0, math.inf),
+    "momentum": (0, 1),
+    "weight_decay": (0, math.inf),
+    "average": (0, 1),
+    "sigma_lr": (0, math.inf),
+}
 FIXED = 0.25  # fraction of the epochs before levels move: 50 of 200 (Alfarra et al. 2022, 4.1)
 
 
@@ -56,6 +64,10 @@ class Schedule:
         check_draws(epochs=self.epochs, batch=self.batch)
         check_seed(self.seed)
         check_choice(DTYPES, dtype=self.dtype)
+        for name, (low, high) in RANGES.items():
+            value = getattr(self, name)
+            if value is not None and not low <= value < high:
+                raise ValueError(f"{name} must be in [{low}, {high}); got {value!r}")
         for name in ("sigma_steps", "sigma_copies"):
             if getattr(self, name) is not None:
                 check_draws(**{name: getattr(self, name)})
@@ -107,6 +119,8 @@ def fit(
     check_images(x)
     if noise.size not in (None, len(x)):
         raise ValueError(f"noise must have one level, or {len(x)}, one per image; got {noise.size}")
+    if schedule.sigma_steps is not None and (len(vars(noise)) != 1 or noise.norm == "l0"):
+        raise ValueError(f"noise must have one level that sigma_steps can move; got {noise}")
     settings = _settings(model, x, y, loss, noise, schedule, state)
     device = torch.device(device) if device else next(model.parameters()).device
     keep_freed_memory()

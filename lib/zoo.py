@@ -89,8 +89,17 @@ def record(name, n=None, index=None, folder=DATA / "records"):
     if n is not None or index is not None:
         return count(RUNS[name], None, n, index)
     if path.exists():
-        return load_counts(path, model=RUNS[name].model, noise=noise_of(RUNS[name]))
+        found = load_counts(path, noise=noise_of(RUNS[name]))
+        if found.header.get("model") not in _networks(name, RUNS[name]):
+            load_counts(path, model=RUNS[name].model)  # says what it was recorded with
+        return found
     return count(RUNS[name], path)
+
+
+def _networks(name, run_):
+    """Names of the networks that a run's record may be of: where it names no seed, of any."""
+    chosen = f"{name.removesuffix('-int8')}-seed" in run_.model
+    return siblings(run_.model) if chosen else [run_.model]
 
 
 def committed(name, folder=DATA / "records"):
@@ -107,14 +116,20 @@ def longest(name, folder=DATA / "records"):
     there = [each for each in (name, f"{name}-int8") if committed(each, folder)]
     if not there:
         raise ValueError(f"name must be of a record in {folder}; got {name!r}")
-    return max((record(each, folder=folder) for each in there), key=lambda found: found.draws)
+    found = [record(each, folder=folder) for each in there]
+    same = [each for each in found if each.header["model"] == found[0].header["model"]]
+    return max(same, key=lambda each: each.draws)
 
 
-def noise_of(run_):
-    """The description of the noise that a run's votes are drawn under."""
+def noise_of(run_, data_path=None, models=DATA / "models"):
+    """The description of the noise that a run's votes are drawn under.
+
+    - data_path, models: as of `count`; levels of images are those of these networks.
+    """
     if not run_.steps:
         return run_.noise
-    levels = sigma(run_.of, copies=run_.copies).at(run_.steps).tolist()
+    folder = pathlib.Path(models).parent / "sigmas"
+    levels = sigma(run_.of, data_path, folder, models, run_.copies).at(run_.steps).tolist()
     return {key: value if key == "name" else levels for key, value in run_.noise.items()}
 
 
@@ -128,13 +143,16 @@ def sigma(name, data_path=None, folder=DATA / "sigmas", models=DATA / "models", 
     check_choice(RUNS, name=name)
     run_, end = RUNS[name], f"-n{copies}" if copies > 1 else ""
     path = pathlib.Path(folder) / f"{name}{end}.npz"
-    if path.exists():
+    if path.exists() and data_path is None:
         return load_sigma(path, model=run_.model)
-    recipe = recipe_of(run_.model)
+    recipe, network = recipe_of(run_.model), model(run_.model, models)
     images, _ = load(recipe.data, "test", path=data_path)
+    if path.exists():
+        hashes = {"model_sha256": model_hash(network), "data_sha256": content_hash(images)}
+        return load_sigma(path, model=run_.model, **hashes)
     (start,) = (value for key, value in run_.noise.items() if key != "name")
     index = np.arange(0, len(images), run_.stride)
-    settings, network = {"data": recipe.data, "split": "test"}, model(run_.model, models)
+    settings = {"data": recipe.data, "split": "test"}
     kind = type(restore_noise(run_.noise))
     found = search(
         network,
@@ -175,7 +193,7 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
         x,
         y.numpy(),
         index,
-        noise=restore_noise(noise_of(run_)),
+        noise=restore_noise(noise_of(run_, data_path, models)),
         seed=run_.seed,
         settings={"data": recipe.data, "split": "test"},
         engine=run_.engine,
@@ -218,7 +236,14 @@ def _quantized(name, folder, data_path):
         header = {"name": name, "architecture": recipe.architecture, "data": recipe.data}
         noise = restore_noise(recipe.noise)
         quantize_network(path, model(name, folder), header, noise, data_path)
-    return load_checkpoint(path)[0]
+    network, header = load_checkpoint(path)
+    source = path.with_name(f"{name}.safetensors")
+    if source.exists() and header["source_sha256"] != model_hash(load_checkpoint(source)[0]):
+        raise ValueError(
+            f"{path} was made from other weights than those of {source.name}: delete it, and it is "
+            "made anew"
+        )
+    return network
 
 
 def _targets(done, n):
@@ -314,7 +339,7 @@ def cifar10(data_path, out=DATA, losses=("gaussian",)):
         accuracy[name] = load_checkpoint(path)[1]["noisy_accuracy"]
         _say(f"{name}: noisy accuracy {accuracy[name]:.4f}")
     for path, run_ in runs.items():
-        if f"{path.stem}-seed" in run_.model:
+        if len(_networks(path.stem, run_)) > 1:
             best = max(siblings(run_.model), key=accuracy.get)
             if path.exists() and (old := load_counts(path).header["model"]) != best:
                 _say(f"{best} is better than {old}: the record of that one is kept as {old}.npz")

@@ -10,10 +10,10 @@ from lib.adaptive import (
     certify_anytime,
     certify_at,
     certify_staircase,
-    curve,
     expected_staircase,
     failure_staircase,
     last_stage_size,
+    probability_pairs,
     stage_shares,
     staircase,
     staircase_bounds,
@@ -242,7 +242,7 @@ def test_two_class_errors_are_exact():
 
 
 def test_the_curve_holds_the_radius():
-    points = curve(NOISE, 0.5, 10_000, ALPHA)
+    points = probability_pairs(NOISE, 0.5, 10_000, ALPHA)
     assert points[0] == pytest.approx([norm.cdf(1), 1 - norm.cdf(1)])
     assert (np.diff(points, axis=0) < 0).all()
     reached = NOISE.radius_two(points[1:, 0], points[1:, 1])
@@ -264,7 +264,7 @@ def test_counting_the_runner_up_certifies_what_one_probability_cannot():
 
 def test_the_guarantee_with_the_runner_up():
     """Truths on the curve itself, where any point's test may err, with few and many classes."""
-    points = curve(NOISE, 0.25, 1000, 0.02)
+    points = probability_pairs(NOISE, 0.25, 1000, 0.02)
     rows = [[points[0, 0] - 1e-12, 1 - points[0, 0] + 1e-12]]
     for a, b in points[[1, 3, 6]]:
         a = a * (1 - 1e-9)
@@ -427,6 +427,21 @@ def test_the_first_point_of_a_curve_certifies_its_radius():
     for keep, pixels, radii in ((4, 64, (1, 6, 7)), (4, 784, (81,)), (45, 784, (5,))):
         noise = Ablation(keep, pixels)
         for radius in radii:
-            a, b = curve(noise, radius, 10_000, 0.001)[0]
+            a, b = probability_pairs(noise, radius, 10_000, 0.001)[0]
             assert noise.radius_two(a, b) >= radius
             assert noise.radius(a) >= radius
+
+
+def test_an_example_that_no_draws_can_certify_abstains_beside_others():
+    """At r = .5 a thousand hits do not show Phi(.5 / .12); the second example is as if alone."""
+    p, noise = [[0.97, 0.03]] * 2, Gaussian(np.array([0.12, 0.5]))
+    found = certify_anytime(SimulatedCounts(p, seed=3), noise, 0.5, 1000, ALPHA)
+    assert (found.prediction[0], found.n[0]) == (ABSTAIN, 0)
+    assert found.radius[1] == 0.5
+    with pytest.raises(ValueError, match="radius must be one that n = 1000 hits"):
+        certify_anytime(SimulatedCounts(p, seed=3), Gaussian(np.full(2, 0.12)), 0.5, 1000, ALPHA)
+
+
+def test_pairs_of_probabilities_have_tests_at_the_least_alpha():
+    for b in probability_pairs(NOISE, 0.31, 1000, 1e-10)[:, 1]:
+        design(1 - b, 1000, 1e-10, alone=True)

@@ -215,3 +215,34 @@ def test_noise_that_counts_pixels_is_audited_just_below_its_steps():
     edges = [float(noise.probability(r)) for r in range(1, int(noise.radius(1.0)) + 1)]
     below = [min(edge - p for p, _ in pairs if p < edge) for edge in edges]
     assert sum(gap < 1e-9 for gap in below) >= min(5, len(edges))
+
+
+@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
+def test_margins_exact_error_is_the_sum_over_all_counts(share):
+    """Of two classes, at any share: by certify_margin itself on every possible count."""
+    sampler, p, n = Margin(n0=5, n=60, alpha=0.05, share=share), 0.6, 60
+    hits = np.arange(n + 1)
+    rate = 0.0
+    for chosen, q, chance in ((0, p, binom.sf(2, 5, p)), (1, 1 - p, binom.cdf(2, 5, p))):
+        first = np.tile(np.eye(2, dtype=int)[chosen] * 5, (n + 1, 1))
+        votes = np.stack([hits, n - hits], axis=1)
+        votes = votes if chosen == 0 else votes[:, ::-1]
+        found = certify_margin(Both(first, votes), Gaussian(0.5), 5, n, 0.05, share)
+        true = Gaussian(0.5).radius(q)
+        rate += chance * binom.pmf(hits[found.radius > true + 1e-12], n, q).sum()
+    assert sampler.failure(p, Gaussian(0.5)) == pytest.approx(rate, rel=1e-9)
+
+
+class Both:
+    """Votes of two calls, as given."""
+
+    noise, classes = None, 2
+
+    def __init__(self, *votes):
+        self.votes = [v.copy() for v in votes]
+
+    def __len__(self):
+        return len(self.votes[0])
+
+    def draw(self, n):
+        return self.votes.pop(0)

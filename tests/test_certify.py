@@ -249,3 +249,13 @@ def test_margin_refuses_a_noise_of_one_probability():
             certified(counts, OneSided(), 10, 100, 0.01)
     with pytest.raises(ValueError, match="share"):
         certify_margin(SimulatedCounts([[0.9, 0.1]]), Gaussian(1.0), 10, 100, 0.01, share=1.0)
+
+
+@pytest.mark.parametrize("certified", [certify_margin, certify_partition])
+def test_draws_and_levels_of_narrow_types_are_those_numbers(certified):
+    found, same = (
+        certified(SimulatedCounts([[0.9, 0.1]], seed=0), Gaussian(0.5), *draws, alpha)
+        for draws, alpha in (((np.uint8(100), np.uint8(200)), np.float32(0.25)), ((100, 200), 0.25))
+    )
+    np.testing.assert_array_equal(found.n, 300)
+    assert found.radius == same.radius

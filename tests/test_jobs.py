@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from lib.engine import classifier, jobs
+from lib.engine.settings import SETTINGS
 from lib.noise import Gaussian
 from lib.samplers import Certify, InputSpecific, RecordVotes
 from lib.store.journal import read_journal, write_journal
@@ -207,3 +208,8 @@ def test_every_process_continues_the_votes_of_its_share(tmp_path, monkeypatch, t
     assert task.model.passes == 5
     votes = run(Certify(20, 200), 6, out)[1]
     assert (votes == run(Certify(20, 200), 6, tmp_path / "whole")[1]).all()
+
+
+def test_the_settings_of_a_run_are_those_of_the_engine():
+    base = classifier.BaseClassifier(Counting(), (1, 4, 4), **ENGINE)
+    assert tuple(base.settings) == SETTINGS

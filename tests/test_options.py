@@ -45,3 +45,8 @@ def test_the_help_has_every_default(registry):
                 text = re.escape(text)
             whose = rf"([\w-]+, )*{name}(, [\w-]+)*: " if ": " in said[field.name] else ""
             assert re.search(whose + text, said[field.name]), (name, field.name)
+
+
+def test_a_negative_stop_is_refused():
+    with pytest.raises(ValueError, match="stop must be >= 0"):
+        Examples(stop=-5).index(360)

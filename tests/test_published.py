@@ -8,7 +8,8 @@ from lib import zoo
 from lib.counts import counts_from_log
 from lib.metrics import average_certified_radius
 from lib.noise import Gaussian
-from lib.store.published import published_header, read_published, save_logs
+from lib.store.published import read_published, save_logs
+from lib.store.records import load_arrays
 
 FILE = zoo.DATA / "records/published/cifar10-resnet110.npz"
 # Issued with the logs: the average certified radii over all 10,000 images.
@@ -60,7 +61,7 @@ def test_what_is_packed_comes_back_as_printed(tmp_path):
         found = read_published(tmp_path / "logs.npz", name)
         pd.testing.assert_frame_equal(found, table.drop(columns="time"), check_dtype=False)
         assert found.attrs == {"source": "x", "sigma": sigma}
-    assert published_header(tmp_path / "logs.npz")["logs"].keys() == {"a", "b"}
+    assert load_arrays(tmp_path / "logs.npz", "")[0]["logs"].keys() == {"a", "b"}
 
 
 def test_what_cannot_be_packed_is_refused(tmp_path):

@@ -554,3 +554,8 @@ def test_views_of_hundreds_of_classes():
     for name, counts in zip(names, direct, strict=True):
         np.testing.assert_array_equal(source.view(name).draw(300), counts)
     assert direct[:, :, 299].min() > 100
+
+
+def test_a_falling_span_is_refused():
+    with pytest.raises(ValueError, match="must not fall"):
+        readout("soft:4-0,2")

@@ -7,7 +7,7 @@ import pytest
 
 from lib.counts import RecordedCounts
 from lib.noise import Gaussian
-from lib.store.records import load_counts, save_counts
+from lib.store.records import load_counts, save_arrays, save_counts
 
 COUNTS = np.array([[99_000, 1000, 0], [5, 3, 99_992]])
 INDEX, LABELS = np.array([4, 17]), np.array([0, 2])
@@ -125,3 +125,9 @@ def test_a_record_of_readouts_replays_each_of_them(tmp_path):
         with pytest.raises(ValueError, match="readouts must name"):
             save_counts(tmp_path / "bad.npz", counts, index, labels, **header)
     assert not (tmp_path / "bad.npz").exists()
+
+
+def test_a_file_of_another_kind_says_so(tmp_path):
+    save_arrays(tmp_path / "other.npz", {"a": 1}, levels=np.ones(3))
+    with pytest.raises(ValueError, match="of another kind, without counts"):
+        load_counts(tmp_path / "other.npz")

@@ -399,3 +399,13 @@ def test_a_resumed_training_carries_its_sigmas_on(digits, tmp_path):
     levels = torch.load(state, weights_only=True)["levels"]
     assert levels.shape == (96,)
     assert len(levels.unique()) > 90
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"lr": -1.0}, {"momentum": 1.0}, {"weight_decay": -1e-4}, {"average": 1.5}, {"sigma_lr": -1}],
+)
+def test_a_schedule_out_of_range_is_named(wrong):
+    (name,) = wrong
+    with pytest.raises(ValueError, match=f"{name} must be in"):
+        Schedule(**wrong)

@@ -1,5 +1,6 @@
 """What a network must do before its votes count: a row of logits per image, of it alone."""
 
+import contextlib
 import copy
 import logging
 
@@ -29,6 +30,18 @@ def logits_of(model, x):
             f"got shape {list(logits.shape)} (of one logit z make torch.cat([-z, z], dim=1))"
         )
     return logits
+
+
+@contextlib.contextmanager
+def evaluating(model):
+    """Eval mode, and afterwards each module's own mode again."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
 
 
 @torch.no_grad()

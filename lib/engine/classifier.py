@@ -19,6 +19,7 @@ from lib.engine.admission import (
 from lib.engine.folding import folded
 from lib.engine.hardware import (
     cores,
+    full_float32,
     has_bfloat16,
     has_compiler,
     keep_freed_memory,
@@ -26,7 +27,7 @@ from lib.engine.hardware import (
     processor,
 )
 from lib.engine.int8 import check_int8, eight_bit_products
-from lib.engine.tuning import tuned
+from lib.engine.tuning import GPU_BLOCK, tuned
 from lib.store.programs import Program
 
 COMPILE_PAYS = 30.0  # seconds of eager forward passes from which a compile (5 - 30 s) pays
@@ -183,7 +184,8 @@ class BaseClassifier:
         """(block, layout): those given, measured, or fixed."""
         if block is not None and layout is not None:
             return int(block), layout
-        chosen = {"block": 128 if self.device.type == "cpu" else 4096, "layout": "channels_last"}
+        gpu = max(16, min(4096, GPU_BLOCK // math.prod(self.shape)))
+        chosen = {"block": 128 if self.device.type == "cpu" else gpu, "layout": "channels_last"}
         if self.dtype == torch.int8:  # votes are the same at every block
             chosen["block"] = max(16, min(256, LARGEST // math.prod(self.shape)))
         if tune:
@@ -330,4 +332,5 @@ class BaseClassifier:
 
         A row where a logit is not finite votes for `classes`, one past the last class.
         """
-        return (self._voter if voter is None else voter)(images)
+        with full_float32(self.device, self.dtype):
+            return (self._voter if voter is None else voter)(images)

@@ -49,7 +49,10 @@ def pick_device(device=None):
         raise ValueError(
             f"device must be one that is here, such as cpu, cuda or cuda:1; got {str(device)!r}"
         ) from error
-    return torch.device(device)
+    device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return device
 
 
 def has_compiler():
@@ -66,6 +69,23 @@ def cores(number):
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def full_float32(device, dtype):
+    """Within it, float32 on a GPU is float32, and not TensorFloat-32 with its 10-bit mantissa."""
+    if device.type != "cuda" or dtype != torch.float32:
+        yield
+        return
+    flags = torch.backends.cuda.matmul, torch.backends.cudnn
+    before = [flag.allow_tf32 for flag in flags]
+    try:
+        for flag in flags:
+            flag.allow_tf32 = False
+        yield
+    finally:
+        for flag, value in zip(flags, before, strict=True):
+            flag.allow_tf32 = value
 
 
 def keep_freed_memory():

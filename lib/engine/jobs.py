@@ -22,6 +22,7 @@ from lib.checks import check_labels, difference
 from lib.data import content_hash
 from lib.engine.processes import Group, own_cores, rank
 from lib.engine.settings import (
+    SETTINGS,
     check_engine,
     choose_engine,
     machine_types,
@@ -218,7 +219,7 @@ def _joined(made, part):
 def _adopt_record(job, journal):
     """Begin the journal of a run that records votes with those of its record."""
     record = load_counts(job.path(".npz"))
-    engine = {name: record.header.get(name) for name in choose_engine(job)}
+    engine = {name: record.header.get(name) for name in SETTINGS}
     if engine["processor"] is None:
         del engine["processor"]  # the record is of an older version
     settings = {name: record.header.get(name) for name in job.settings}

@@ -280,6 +280,13 @@ _NOT_BOTH = "draw from the source or from its views, not from both: they share o
 def _ready(model, shape, readouts, engine):
     """The BaseClassifier, or the Panel of several networks, that votes."""
     if isinstance(model, Panel):
+        if readouts is not None or engine:
+            given = ", ".join([*(["readouts"] if readouts is not None else []), *engine])
+            raise ValueError(f"{given}: set when the Panel was made, not here")
+        if model.shape != shape:
+            raise ValueError(
+                f"x must hold images of shape {model.shape}, as the Panel was made for; got {shape}"
+            )
         return model
     several = isinstance(model, list | tuple | torch.nn.ModuleList)
     networks = list(model) if several else [model]

@@ -113,6 +113,8 @@ def readout(name):
             f"consensus2:0-4, with a vote of {', '.join(VOTES)}; got {name!r}"
         )
     spans = [range(int(part[1]), int(part[2] or part[1]) + 1) for part in numbers]
+    if not all(spans):
+        raise ValueError(f"readout {name!r}: a span of members must not fall, such as 0-4")
     consensus = int(found[1]) if found[1] else None
     try:
         weights = tuple(map(float, weights.split(","))) if weights else None

@@ -12,6 +12,8 @@ from lib.engine.processes import own_cores, rank
 from lib.engine.readouts import Panel
 
 messages = logging.getLogger("lib")
+# What `BaseClassifier.settings` says.
+SETTINGS = ("device", "processor", "dtype", "block", "layout", "folded", "compiled", "torch")
 
 
 def choose_engine(job):

@@ -24,6 +24,11 @@ def write_log(path, table):
 def journal_table(entries):
     """The log of a run, from the entries of its journal: a DataFrame of the log's columns."""
     columns = ["idx", "label", "predict", "radius", "time", "n"]
+    for entry in entries:
+        if missing := [name for name in columns if name not in entry]:
+            raise ValueError(
+                f"a journal without {missing[0]} is of a run that records votes: it has no log"
+            )
     table = pd.DataFrame([[entry[name] for name in columns] for entry in entries], columns=columns)
     table["correct"] = (table["predict"] == table["label"]).astype(int)
     return table[[*LOG_COLUMNS, "n"]]

@@ -1,14 +1,10 @@
 """Published certification logs, several of the same images packed into one small file."""
 
-import io
-import json
-import zipfile
-
 import numpy as np
 import pandas as pd
 
 from lib.checks import check_choice, check_labels
-from lib.store.files import read_bytes, sha256, write_atomically
+from lib.store.records import load_arrays, save_arrays
 
 
 def save_logs(path, tables, headers, **header):
@@ -38,13 +34,7 @@ def save_logs(path, tables, headers, **header):
         digits, places = _split(table["radius"].to_numpy())
         arrays[f"{name}/predict"] = table["predict"].to_numpy(np.int16)
         arrays[f"{name}/digits"], arrays[f"{name}/places"] = digits, places
-    arrays["header"] = np.array(json.dumps(header | {"logs": headers}, sort_keys=True))
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
-    with zipfile.ZipFile(buffer, "a") as archive:
-        archive.comment = b"0" * 64
-    data = buffer.getvalue()[:-64]
-    write_atomically(path, data + sha256(data).encode())
+    save_arrays(path, header | {"logs": headers}, **arrays)
 
 
 def _split(radius):
@@ -59,11 +49,6 @@ def _split(radius):
     return digits, places
 
 
-def published_header(path):
-    """The header of a file of `save_logs`: source, licence, n0, n, alpha; of each log in `logs`."""
-    return json.loads(str(_open(path)["header"]))
-
-
 def read_published(path, name):
     """One log of a file of `save_logs`, as `read_log` gives it, without the times.
 
@@ -71,8 +56,7 @@ def read_published(path, name):
     file says of it: sigma, n0, n, alpha, source, licence, commit, path and sha256 of the original.
     Raises ValueError naming the file where it is damaged, or the name where it is not in it.
     """
-    arrays = _open(path)
-    header = json.loads(str(arrays["header"]))
+    header, arrays = load_arrays(path, "name a file written by save_logs (data/records/published)")
     check_choice(header["logs"], name=name)
     label, predict = arrays["label"].astype(np.int64), arrays[f"{name}/predict"].astype(np.int64)
     check_labels(label, len(predict))
@@ -88,11 +72,3 @@ def read_published(path, name):
     )
     table.attrs = {k: v for k, v in header.items() if k != "logs"} | header["logs"][name]
     return table
-
-
-def _open(path):
-    data = read_bytes(path, "name a file written by save_logs (data/records/published)")
-    if len(data) < 64 or sha256(data[:-64]).encode() != data[-64:]:
-        raise ValueError(f"{path} is damaged or no file of logs: restore it (git checkout)")
-    with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
-        return {name: arrays[name] for name in arrays.files}

@@ -90,12 +90,13 @@ def save_arrays(path, header, **arrays):
     write_atomically(path, data + sha256(data).encode())
 
 
-def load_arrays(path, remedy):
+def load_arrays(path, remedy, needs=()):
     """(header, arrays) of a file of `save_arrays`.
 
-    - remedy: what to do where there is no such file.
+    - remedy: what to do where there is no such file, or one of another kind.
+    - needs: names of the arrays that it must hold.
 
-    Raises ValueError where a single byte is not as it was written.
+    Raises ValueError where a single byte is not as it was written, or an array is missing.
     """
     data = read_bytes(path, remedy)
     if len(data) < 64 or sha256(data[:-64]).encode() != data[-64:]:
@@ -105,6 +106,8 @@ def load_arrays(path, remedy):
         )
     with np.load(io.BytesIO(data), allow_pickle=False) as stored:
         arrays = dict(stored)
+    if missing := sorted({"header", *needs} - set(arrays)):
+        raise ValueError(f"{path} is a file of another kind, without {missing[0]}: {remedy}")
     return json.loads(str(arrays.pop("header"))), arrays
 
 
@@ -122,7 +125,7 @@ def load_counts(path, **expected):
       one that does not.
     """
     remedy = "name a record written by save_counts, or compute it (make records)"
-    header, arrays = load_arrays(path, remedy)
+    header, arrays = load_arrays(path, remedy, ("counts", "index", "labels"))
     record = Record(
         *(arrays[name].astype(np.int64) for name in ("counts", "index", "labels")), header
     )
