@@ -166,8 +166,9 @@ def certify(
     """Certify a network: a log at full precision, and a record of all votes.
 
     Interrupted or killed, the same command continues where it stopped. A finished run continues
-    with more examples (--max, --stop) or, where the draws are fixed, with more draws (--n). Whether
-    to take more draws must not be decided by what was certified, else alpha does not hold.
+    with more examples (--max, --stop; not with --sigma-file) or, where the draws are fixed, with
+    more draws (--n). Whether to take more draws must not be decided by what was certified, else
+    alpha does not hold.
     Several processes: torchrun --nproc-per-node 2 -m lib certify ...
     """
     check_sigma_file(sigma_file, sigma_steps, noise, options)

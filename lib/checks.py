@@ -171,7 +171,14 @@ def difference(old, new):
         if before.get("name") == after.get("name"):
             return difference(before, after)
         before, after = before.get("name"), after.get("name")
-    return f"{name} = {before!r}, not {after!r}"
+    return f"{name} = {_short(before)}, not {_short(after)}"
+
+
+def _short(value):
+    """A setting as an error shows it: of many numbers their first, last and how many."""
+    if isinstance(value, list) and len(value) > MOST_SHOWN:
+        return f"{len(value)} values, {value[0]!r} to {value[-1]!r}"
+    return repr(value)
 
 
 def check_counts(counts, below=None, readouts=False):

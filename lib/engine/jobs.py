@@ -128,9 +128,9 @@ def run(job):
 
     Started again after a kill, with as many processes or others, it continues where it stopped. The
     finished log and record are the same in all cases but for the log's time column. A finished run
-    continues with more examples, and under a sampler of fixed draws with more draws: the result is
-    that of a run with as many from the start. Whether to continue must not be decided by what was
-    certified, else alpha does not hold.
+    continues with more examples (where the noise has one level), and under a sampler of fixed draws
+    with more draws: the result is that of a run with as many from the start. Whether to continue
+    must not be decided by what was certified, else alpha does not hold.
 
     A run may continue, or run at once, on machines of several types (`processor` of the engine's
     settings). It warns, and the record lists them in the order they came. A few votes may then
