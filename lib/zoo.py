@@ -342,8 +342,9 @@ def cifar10(data_path, out=DATA, losses=("gaussian",)):
         if len(_networks(path.stem, run_)) > 1:
             best = max(siblings(run_.model), key=accuracy.get)
             if path.exists() and (old := load_counts(path).header["model"]) != best:
-                _say(f"{best} is better than {old}: the record of that one is kept as {old}.npz")
-                path.rename(records / f"{old}.npz")
+                kept = f"{old}-int8.npz" if path.stem.endswith("-int8") else f"{old}.npz"
+                _say(f"{best} is better than {old}: the record of that one is kept as {kept}")
+                path.rename(records / kept)
             run_ = dataclasses.replace(run_, model=best)
         count(run_, path, data_path=data_path, models=models)
 
