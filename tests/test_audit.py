@@ -9,6 +9,7 @@ from scipy.stats import binom, binomtest
 from lib.audit import audit, is_false, true_radius, truths, verdict, worst
 from lib.bounds import clopper_pearson_lower
 from lib.certify import ABSTAIN, Certificates, certify, certify_margin, predict
+from lib.counts import SimulatedCounts
 from lib.noise import Ablation, Gaussian, Uniform
 from lib.samplers import (
     SAMPLERS,
@@ -69,6 +70,18 @@ def test_sound_samplers_hold(sampler):
     assert worst(table)["rate"] <= 2.0
     assert (table["exact"].dropna() <= 1 + 1e-9).all()
     assert table["certified"].max() > 0.9
+
+
+@pytest.mark.parametrize("sampler", SOUND, ids=repr)
+def test_samplers_refuse_votes_of_another_noise(sampler):
+    """Votes under less noise than the radius speaks of would be certified too far."""
+    counts = SimulatedCounts([[0.9, 0.1]])
+    counts.draw = None  # refused before it costs a draw
+    with pytest.raises(ValueError, match="noise must have one level, or 1, one per example"):
+        sampler(counts, Gaussian([0.5, 0.5]))
+    counts.noise = Gaussian(0.25)
+    with pytest.raises(ValueError, match="noise must be the one that the votes were drawn under"):
+        sampler(counts, NOISE)
 
 
 def test_margin_holds_under_uniform_noise():

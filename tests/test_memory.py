@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from scipy.special import ndtr, ndtri
 
+from lib import memory as module
 from lib.certify import ABSTAIN, Certificates
 from lib.memory import CertificateMemory, _cell_sums
 
@@ -106,6 +107,42 @@ def test_one_by_one_in_blocks_and_together_are_the_same():
         expected = together.prediction[i], together.radius[i]
         assert memory.add(points[i], classes[i], radii[i]) == expected
     assert len(memory) == (classes != ABSTAIN).sum()
+
+
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_the_sizes_of_its_blocks_change_no_answer(norm, monkeypatch):
+    """Few points at a time, so that these meet many blocks, as thousands of points do."""
+    points, classes, radii = crowd(4, 8, norm=norm)
+    given, asked = certificates(classes, radii), points[::3] + 0.02
+    expected = CertificateMemory(norm).add_all(points, given)
+    monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr(module, "COLUMNS", 12)
+    memory = CertificateMemory(norm)
+    found = memory.add_all(points, given)
+    np.testing.assert_array_equal(found.prediction, expected.prediction)
+    np.testing.assert_array_equal(found.radius, expected.radius)
+    answers, margins = memory.query(asked)
+    for x, answer, margin in zip(asked, answers, margins, strict=True):
+        inside = memory.radii - [distance(x, y, norm) for y in points[classes != ABSTAIN]]
+        assert margin == pytest.approx(max(inside.max(), 0), abs=1e-9)
+        assert answer == (memory.predictions[inside.argmax()] if margin > 0 else ABSTAIN)
+    assert 20 < (answers != ABSTAIN).sum() < 80
+
+
+def test_a_memory_that_has_grown_forgets_nothing():
+    """More points than it first has room for: all are still there, and still kept apart."""
+    points, classes, radii = crowd(6, 2, size=1500)
+    radii, memory = radii / 10, CertificateMemory()
+    found = memory.add_all(points, certificates(classes, radii))
+    sure = classes != ABSTAIN
+    assert sure.sum() > 1024
+    np.testing.assert_array_equal(memory.predictions, found.prediction[sure])
+    np.testing.assert_array_equal(memory.radii, found.radius[sure])
+    check_invariant(points, found.prediction, found.radius, "l2")
+    held = sure & (found.radius > 0)
+    answers, margins = memory.query(points[held])
+    np.testing.assert_array_equal(answers, found.prediction[held])
+    assert (margins >= found.radius[held] * (1 - 1e-9)).all()
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (1, 8, 8), (3, 7, 5), (300,), (100, 2, 2)])

@@ -20,7 +20,17 @@ from lib.noise import (
     restore_noise,
     standard_uniform,
 )
-from lib.samplers import SAMPLERS, Certify, InputSpecific, RecordVotes
+from lib.samplers import (
+    SAMPLERS,
+    Adaptive,
+    Anytime,
+    Certify,
+    InputSpecific,
+    Margin,
+    Partition,
+    RecordVotes,
+    Staircase,
+)
 from lib.store.records import load_counts, save_counts
 from lib.store.registry import Registry, option
 
@@ -162,8 +172,20 @@ def test_a_noise_of_another_number_of_examples_is_refused():
 def test_what_a_sampler_states_is_what_it_takes():
     """first, most and fixed of every registered sampler, at the probabilities where it may stop."""
     noise = Gaussian(0.5)
-    iss = [InputSpecific(20, 300, decline=1e-6, reuse=reuse) for reuse in (False, True)]
-    for sampler in (Certify(20, 300), *iss):
+    samplers = [
+        Certify(20, 300),
+        *(InputSpecific(20, 300, decline=1e-6, reuse=reuse) for reuse in (False, True)),
+        Margin(20, 300),
+        Partition(20, 300),
+        Adaptive(radius="0.25", stages="50,400", n0=20),
+        Anytime(radius="0.25", n=300),
+        Anytime(radius="0.0", n=110),
+        Anytime(radius="0.25", n=300, runner_up=True, n0=20),
+        Staircase(20, 300),
+        RecordVotes(50),
+    ]
+    assert {type(sampler) for sampler in samplers} == set(SAMPLERS.values())
+    for sampler in samplers:
         source = SimulatedCounts([[p, 1 - p] for p in (0.5, 0.6, 0.9, 0.999, 1.0)])
         asked, draw = [], source.draw
 

@@ -284,22 +284,25 @@ def test_dual_keeps_its_promise(router, classifier):
     assert ((choice == ABSTAIN) <= ~sure).all()
 
 
-def test_dual_of_a_constant_router_is_certify():
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_dual_of_a_constant_router_is_certify(share):
     """A sure router of large radius: certify at alpha (1 - share), all draws counted."""
-    found, choice = dual([1.0, 0.0], [[0.7, 0.3], [0.5, 0.5]], [Gaussian(0.1), Gaussian(9.0)])
+    noises = [Gaussian(0.1), Gaussian(9.0)]
+    found, choice = dual([1.0, 0.0], [[0.7, 0.3], [0.5, 0.5]], noises, share=share)
     source = SimulatedCounts(np.tile([0.7, 0.3], (20_000, 1)), 1)
-    alone = certify(source, Gaussian(0.1), 20, 200, ALPHA / 2)
+    alone = certify(source, Gaussian(0.1), 20, 200, ALPHA * (1 - share))
     assert (choice == 0).all()
     assert (found.prediction == alone.prediction).all()
     np.testing.assert_array_equal(found.radius, alone.radius)
     assert (found.n == 440).all()
 
 
-def test_dual_is_limited_by_its_router():
-    found, choice = dual([0.0, 1.0], [[0.5, 0.5], [0.0, 1.0]], NOISES, runs=5)
+@pytest.mark.parametrize("share", [0.5, 0.2])
+def test_dual_is_limited_by_its_router(share):
+    found, choice = dual([0.0, 1.0], [[0.5, 0.5], [0.0, 1.0]], NOISES, runs=5, share=share)
     assert (choice == 1).all()
     assert (found.prediction == 1).all()
-    limit = Gaussian(0.5).radius((ALPHA / 2) ** (1 / 200))
+    limit = Gaussian(0.5).radius((ALPHA * share) ** (1 / 200))
     np.testing.assert_allclose(found.radius, limit, rtol=1e-6)
     undecided, choice = dual([0.5, 0.5], [[1.0, 0.0]] * 2, NOISES, alpha=1e-6, runs=50)
     assert (choice == ABSTAIN).all()
@@ -312,6 +315,31 @@ def test_dual_refuses_bad_input():
         dual([0.5, 0.5], [[0.5, 0.5]], NOISES)
     with pytest.raises(ValueError, match="share"):
         dual([0.5, 0.5], [[0.5, 0.5]] * 2, NOISES, share=1.0)
+    with pytest.raises(ValueError, match="must have the router's norm"):
+        dual([0.5, 0.5], [[0.5, 0.5]] * 2, [Gaussian(0.25), Uniform(1.0)])
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_dual_refuses_votes_of_another_noise_or_of_other_examples(place):
+    """Of the router, or of either classifier."""
+    noises = [Gaussian(0.5), *NOISES]
+
+    def sources():
+        made = [SimulatedCounts([[0.9, 0.1]] * 5, seed) for seed in range(3)]
+        for source, noise in zip(made, noises, strict=True):
+            source.noise = noise
+        return made
+
+    router, *counts = sources()
+    certify_dual(router, noises[0], counts, NOISES, 20, 200, ALPHA)
+    wrong = sources()
+    wrong[place].noise = Gaussian(0.3)
+    with pytest.raises(ValueError, match="noise must be the one that the votes were drawn under"):
+        certify_dual(wrong[0], noises[0], wrong[1:], NOISES, 20, 200, ALPHA)
+    wrong = sources()
+    wrong[place] = SimulatedCounts([[0.9, 0.1]] * 4)
+    with pytest.raises(ValueError, match="its number of examples"):
+        certify_dual(wrong[0], noises[0], wrong[1:], NOISES, 20, 200, ALPHA)
 
 
 def test_votes_of_the_search_must_not_be_counted_again():
