@@ -159,10 +159,9 @@ def certify_margin(counts, noise, n0, n, alpha, share=0.9):
     _check_two(counts, noise)
     prediction = counts.draw(n0).argmax(axis=1)
     votes = counts.draw(n)
-    hits = votes_for(prediction, votes)
-    np.put_along_axis(votes, prediction[:, None], 0, axis=1)
-    lower = clopper_pearson_lower(hits, n, share * alpha)
-    upper = clopper_pearson_upper(votes.max(axis=1), n, (1 - share) * alpha)
+    others = np.where(np.arange(votes.shape[1]) == prediction[:, None], 0, votes)
+    lower = clopper_pearson_lower(votes_for(prediction, votes), n, share * alpha)
+    upper = clopper_pearson_upper(others.max(axis=1), n, (1 - share) * alpha)
     radius = noise.radius_two(lower, np.minimum(upper, 1 - lower))
     certain = radius > 0
     return Certificates(
@@ -193,8 +192,8 @@ def certify_partition(counts, noise, n0, n, alpha, merge=True):
     _check_two(counts, noise)
     first = counts.draw(n0)
     prediction, at = first.argmax(axis=1), np.arange(len(first))
-    first[at, prediction] = -1
-    order = np.argsort(-first, axis=1, kind="stable")[:, :-1]  # the other classes, frequent first
+    others = np.where(np.arange(first.shape[1]) == prediction[:, None], -1, first)
+    order = np.argsort(-others, axis=1, kind="stable")[:, :-1]  # the other classes, frequent first
     votes = counts.draw(n)
     hits = votes[at, prediction]
     votes = np.take_along_axis(votes, order, axis=1)

@@ -6,9 +6,20 @@ import torch
 from torch import nn
 
 from lib.engine import classifier, jobs
+from lib.engine.live import ModelCounts
 from lib.engine.settings import SETTINGS
 from lib.noise import Gaussian
-from lib.samplers import Certify, InputSpecific, RecordVotes
+from lib.samplers import (
+    SAMPLERS,
+    Adaptive,
+    Anytime,
+    Certify,
+    InputSpecific,
+    Margin,
+    Partition,
+    RecordVotes,
+    Staircase,
+)
 from lib.store.journal import read_journal, write_journal
 from lib.store.records import load_counts, save_counts
 
@@ -72,6 +83,46 @@ def test_the_first_stage_of_an_adaptive_sampler_fills_blocks(tmp_path, threads):
     second = votes.sum() - 40 * 16
     assert second > 64
     assert passes == 10 + -(-second // 64)
+
+
+EVERY = [
+    Certify(20, 300),
+    InputSpecific(20, 300),
+    Margin(20, 300),
+    Partition(20, 300),
+    Adaptive(radius="0.1", stages="50,400", n0=20),
+    Anytime(radius="0.1", n=300),
+    Staircase(20, 300),
+]
+
+
+def test_every_sampler_is_among_those_run_here():
+    assert {type(sampler) for sampler in EVERY} == {c for c in SAMPLERS.values() if c.certifies}
+
+
+@pytest.mark.parametrize("sampler", EVERY, ids=lambda s: type(s).__name__)
+def test_a_run_certifies_as_the_sampler_called_directly(sampler, tmp_path):
+    """And its record holds the votes that the network gave."""
+    task = job(sampler, 9, tmp_path / "log")
+    jobs.run(task)
+    source = ModelCounts(Counting(), task.images, task.noise, seed=0, progress=False, **ENGINE)
+    expected = sampler(source, task.noise)
+    found = list(read_journal(task.path(".journal"))[1].values())
+    assert [entry["predict"] for entry in found] == expected.prediction.tolist()
+    assert [entry["radius"] for entry in found] == pytest.approx(expected.radius.tolist())
+    assert (load_counts(task.path(".npz")).counts == source.votes).all()
+
+
+def test_a_sampler_that_reckons_in_the_votes_it_is_given_spoils_no_record(tmp_path, monkeypatch):
+    expected, certify = run(Certify(20, 100), 5, tmp_path / "whole")[1], Certify.__call__
+
+    def careless(sampler, counts, noise):
+        found = certify(sampler, counts, noise)
+        counts.draw(0)[:] = 7
+        return found
+
+    monkeypatch.setattr(Certify, "__call__", careless)
+    assert (run(Certify(20, 100), 5, tmp_path / "log")[1] == expected).all()
 
 
 def test_a_fixed_sampler_is_journaled_after_few_blocks(tmp_path, monkeypatch):

@@ -78,7 +78,7 @@ class _Staged:
             votes = had + self._source.draw(more)
         else:
             votes = self._source.draw(n)
-        self.stages.append(votes)
+        self.stages.append(votes.copy())  # a sampler may reckon in the array that it is given
         return votes
 
 
