@@ -7,6 +7,7 @@ import pytest
 from scipy.stats import binom, norm
 
 from lib.adaptive import (
+    _grid,
     certify_anytime,
     certify_at,
     certify_staircase,
@@ -19,7 +20,7 @@ from lib.adaptive import (
     staircase_bounds,
 )
 from lib.audit import audit, true_radius, verdict
-from lib.boundaries import bonferroni, design, outcomes, two_classes
+from lib.boundaries import bonferroni, crossing, design, outcomes, two_classes
 from lib.bounds import clopper_pearson_lower, clopper_pearson_upper
 from lib.certify import ABSTAIN, certify
 from lib.counts import RecordedCounts, SimulatedCounts
@@ -186,6 +187,45 @@ def test_a_grid_is_tested_in_turn_on_one_stream():
     same = certify_anytime(SimulatedCounts(p, seed=4), NOISE, 0.25, 2000, ALPHA)
     for field in dataclasses.fields(one):
         np.testing.assert_array_equal(getattr(one, field.name), getattr(same, field.name))
+
+
+def test_a_larger_radius_of_a_grid_is_of_the_class_of_the_smaller_one():
+    """Class 0 crosses the first boundary, later class 1 the second: class 0 keeps radius 0."""
+
+    class Turning:
+        classes, drawn = 2, 0
+
+        def __len__(self):
+            return 1
+
+        def draw(self, n):
+            before, self.drawn = self.drawn, self.drawn + int(n[0])
+            return np.array([[0, int(n[0])] if before else [least, 100 - least]])
+
+    low, high = (design(NOISE.probability(r), 2000, ALPHA) for r in (0.0, 0.1))
+    least = int(low.certify[0])
+    assert high.abstain[0] < least < high.certify[0]
+    source = Turning()
+    found = certify_anytime(source, NOISE, [0.0, 0.1], 2000, ALPHA)
+    assert (found.prediction[0], found.radius[0], found.p_lower[0]) == (0, 0.0, 0.5)
+    # Class 1 alone would have had the larger radius from these draws.
+    hits = source.drawn - least
+    assert clopper_pearson_lower(hits, source.drawn, ALPHA) > norm.cdf(0.1 / 0.5)
+
+
+def test_the_tests_of_a_grid_share_alpha_with_other_classes_at_the_first():
+    """Exactly, near p = 1/2, where a design made for its own radius alone would err too often."""
+    nulls, alpha = NOISE.probability(np.array([0.0, 0.005, 0.015])), 0.05
+    tests = _grid(nulls, 1000, alpha, None)
+    alone = [design(null, 1000, alpha) for null in nulls]
+    for i in (1, 2):
+        for others, holds in ((tests, True), (alone, False)):
+            worst = max(
+                crossing(others[i], p) + crossing(tests[0], 1 - p)
+                for p in np.linspace(nulls[i - 1], nulls[i], 17)
+            )
+            assert (worst <= alpha) == holds
+            assert 0.9 * alpha < worst
 
 
 def test_a_grid_costs_less_than_its_radii_one_by_one():

@@ -3,12 +3,22 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from scipy.special import ndtri
+from scipy.stats import binom
 
-from lib.certify import certify
+from lib.adaptive import (
+    certify_anytime,
+    certify_at,
+    certify_staircase,
+    failure_staircase,
+    staircase,
+)
+from lib.certify import certify, certify_margin, certify_partition
 from lib.counts import ModelCounts, RecordedCounts, SimulatedCounts
+from lib.iss import certify_iss, failure_rate, sample_size_map
 from lib.losses import LOSSES, GaussianLoss
 from lib.noise import (
     NOISES,
@@ -202,3 +212,68 @@ def test_what_a_sampler_states_is_what_it_takes():
         assert not sampler.fixed or (total == sampler.most).all()
     votes = RecordVotes(50)(SimulatedCounts([[0.5, 0.5]]), noise)
     assert (votes.n[0], votes.prediction[0], votes.radius[0]) == (50, -1, 0)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "call"),
+    [
+        (Certify(20, 300, 0.01), lambda c, z: certify(c, z, 20, 300, 0.01)),
+        (
+            InputSpecific(20, 300, 0.01, 0.2, "relative", True),
+            lambda c, z: certify_iss(
+                c, z, 20, 300, sample_size_map(300, 0.2, "relative", z, 0.01), 0.01, True
+            ),
+        ),
+        (Margin(20, 300, 0.01, 0.3), lambda c, z: certify_margin(c, z, 20, 300, 0.01, 0.3)),
+        (
+            Partition(20, 300, 0.01, False),
+            lambda c, z: certify_partition(c, z, 20, 300, 0.01, False),
+        ),
+        (
+            Adaptive("0.25", "50,400", 20, 0.01, 0.1),
+            lambda c, z: certify_at(c, z, 0.25, (50, 400), 0.01, 0.1, n0=20),
+        ),
+        (
+            Anytime("0.1,0.25", 500, 0.01, 0.1),
+            lambda c, z: certify_anytime(c, z, [0.1, 0.25], 500, 0.01, 0.1),
+        ),
+        (
+            Anytime("0.25", 500, 0.01, runner_up=True, n0=20),
+            lambda c, z: certify_anytime(c, z, 0.25, 500, 0.01, runner_up=True, n0=20),
+        ),
+        (
+            Staircase(20, 3000, 0.01, 0.1, 5, "radius"),
+            lambda c, z: certify_staircase(c, z, 20, 3000, 0.01, 0.1, 5, "radius"),
+        ),
+    ],
+)
+def test_a_sampler_is_its_function_with_all_of_its_options(sampler, call):
+    """None of them left at its default, and none that makes no difference to these votes."""
+    noise, top = Gaussian(0.5), np.linspace(0.5, 1, 60)
+    p = np.stack([top, 0.6 * (1 - top), 0.3 * (1 - top), 0.1 * (1 - top)], axis=1)
+
+    def answers(run):
+        return run(SimulatedCounts(p, seed=1), noise).frame()
+
+    found = answers(sampler)
+    pd.testing.assert_frame_equal(found, answers(call))
+    assert 0.1 < (found["prediction"] >= 0).mean() < 1
+    plain = type(sampler)()
+    for field in dataclasses.fields(sampler):
+        default = getattr(plain, field.name)
+        if getattr(sampler, field.name) != default and field.name not in ("n", "stages", "radius"):
+            other = dataclasses.replace(sampler, **{field.name: default})
+            assert not found.equals(answers(other)), field.name
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_exact_failures_are_those_of_the_options_given(reuse):
+    noise, p = Gaussian(0.5), 0.55
+    sizes = sample_size_map(300, 0.2, "relative", noise, 0.01)
+    iss = InputSpecific(20, 300, 0.01, 0.2, "relative", reuse)
+    assert iss.failure(p, noise) == failure_rate(p, 20, sizes, reuse)
+    steps, right = staircase(3000, 0.01, 0.1, 5, "radius"), binom.sf(9, 20, p)
+    expected = right * failure_staircase(*steps, 0.01, p)
+    expected += (1 - right) * failure_staircase(*steps, 0.01, 1 - p)
+    stairs = Staircase(20, 3000, 0.01, 0.1, 5, "radius")
+    assert stairs.failure(p, noise) == pytest.approx(expected, rel=1e-12)
