@@ -8,6 +8,7 @@ from scipy.stats import binom, norm
 
 from lib.adaptive import (
     _grid,
+    _pair_tests,
     certify_anytime,
     certify_at,
     certify_staircase,
@@ -289,6 +290,15 @@ def test_the_curve_holds_the_radius():
     assert ((reached >= 0.5) & (reached < 0.5 + 1e-9)).all()
 
 
+def test_both_tests_of_a_pair_have_alpha_and_no_more():
+    """Exactly, at the point of the curve that each refutes: p_A = a, and p_B = b."""
+    for a, b in probability_pairs(NOISE, 0.25, 1000, 0.02)[1::2]:
+        first, second = _pair_tests((a, b), 1000, 0.02)
+        assert (first.null, second.null) == (a, 1 - b)
+        for test in (first, second):
+            assert 0.6 * 0.02 < crossing(test, test.null) <= 0.02
+
+
 def test_counting_the_runner_up_certifies_what_one_probability_cannot():
     """p_A = .75 and ten rivals of .025 each: sigma Phi^-1(.75) < .5 = r < the true radius."""
     p = [[0.75, *[0.025] * 10]] * 200
@@ -353,6 +363,23 @@ def test_the_staircase_errs_at_most_alpha_exactly(n, alpha, price):
     worst = np.unique(np.concatenate(worst))
     rates = [failure_staircase(*steps, alpha, p * (1 - 1e-12)) for p in worst[worst > 0.5]]
     assert 0.97 * alpha < max(rates) <= alpha * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("p", [0.2, 0.4, 0.45, 0.5, 0.6, 0.9])
+def test_the_exact_error_of_a_staircase_is_the_sum_over_all_counts(p):
+    """A class below 1/2 errs where its bound is above 1/2: between p and 1/2 it abstains."""
+    gate, alpha, total = 6, 0.2, 0.0
+    floor = clopper_pearson_lower(gate, 8, alpha)
+    for first in range(9):
+        for second in range(13):
+            bound = clopper_pearson_lower(first, 8, alpha)
+            if first >= gate:
+                bound = max(floor, clopper_pearson_lower(first + second, 20, alpha))
+            chance = binom.pmf(first, 8, p) * binom.pmf(second, 12, p)
+            total += chance * (bound > max(p, 0.5))
+    found = failure_staircase(np.array([8, 20]), np.array([gate]), alpha, p)
+    assert found == pytest.approx(total, rel=1e-12)
+    assert 0 < found <= alpha
 
 
 def test_gates_in_any_order_are_sound():
