@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from scipy.special import ndtri
+from scipy.special import ndtr, ndtri
 from scipy.stats import binom
 
 from lib.adaptive import (
@@ -24,6 +24,7 @@ from lib.noise import (
     NOISES,
     Gaussian,
     Noise,
+    Uniform,
     float32_below,
     noise_stream,
     per_image,
@@ -150,6 +151,13 @@ def test_one_number_is_the_level_of_noise_and_radius():
         unit = noise_stream(0, 0, 0, torch.device("cpu")).standard_normal(1, dtype=np.float32)
         assert drawn.item() == np.float32(noise.level) * unit[0]
         assert noise.radius(0.9) == noise.level * ndtri(0.9)
+        assert noise.radius_two(0.9, 0.05) == noise.level / 2 * (ndtri(0.9) - ndtri(0.05))
+        assert noise.probability(noise.level) == ndtr(1.0)
+        cube = Uniform(sigma)
+        assert cube.level == noise.level
+        assert cube.radius(0.75) == cube.level / 2
+        assert cube.radius_two(0.75, 0.25) == cube.level / 2
+        assert cube.probability(cube.level / 2) == 0.75
         assert sigma * (1 - 2**-23) <= noise.level <= sigma
     assert float32_below(0.1) < 0.1 < float(np.float32(0.1))
     assert Gaussian(0.12).level == float(np.float32(0.12)) < 0.12
