@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import binom, binomtest
 
@@ -222,6 +223,21 @@ def test_the_interval_of_the_rate():
     assert (row["false"], row["rate"]) == (30, pytest.approx(0.3))
     assert (row["low"], row["high"]) == pytest.approx((interval.low / 0.1, interval.high / 0.1))
     assert row["p-value"] == pytest.approx(binom.sf(29, 1000, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("exact", "p_value", "expected"),
+    [
+        (1 + 1e-10, 0.5, "holds"),
+        (1.001, 0.5, "fails"),
+        (np.nan, 1.1e-4, "holds"),
+        (np.nan, 0.9e-4, "fails"),
+        (0.5, 0.9e-4, "fails"),
+    ],
+)
+def test_one_row_condemns(exact, p_value, expected):
+    table = pd.DataFrame({"exact": [0.9, exact], "p-value": [0.5, p_value]})
+    assert verdict(table) == expected
 
 
 def test_a_sampler_without_alpha_must_be_told():
