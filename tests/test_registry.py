@@ -14,6 +14,7 @@ from lib.adaptive import (
     certify_at,
     certify_staircase,
     failure_staircase,
+    last_stage_size,
     staircase,
 )
 from lib.certify import certify, certify_margin, certify_partition
@@ -285,3 +286,12 @@ def test_exact_failures_are_those_of_the_options_given(reuse):
     expected += (1 - right) * failure_staircase(*steps, 0.01, 1 - p)
     stairs = Staircase(20, 3000, 0.01, 0.1, 5, "radius")
     assert stairs.failure(p, noise) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [1000, 100_000])
+def test_the_standard_of_adaptive_stages_is_the_certify_of_the_same_reach(n):
+    """Theorem 6.1.3 backwards: from the last stage that CERTIFY(n) needs to n."""
+    last = last_stage_size(n, 0.001, 3)
+    sampler = Adaptive(stages=f"100,500,{last}", n0=50)
+    assert sampler.standard - 50 == n
+    assert Anytime(n=n).standard == Staircase(100, n).standard == 100 + n
