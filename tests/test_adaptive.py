@@ -7,6 +7,8 @@ import pytest
 from scipy.stats import binom, norm
 
 from lib.adaptive import (
+    _grid,
+    _pair_tests,
     certify_anytime,
     certify_at,
     certify_staircase,
@@ -19,7 +21,7 @@ from lib.adaptive import (
     staircase_bounds,
 )
 from lib.audit import audit, true_radius, verdict
-from lib.boundaries import bonferroni, design, outcomes, two_classes
+from lib.boundaries import bonferroni, crossing, design, outcomes, two_classes
 from lib.bounds import clopper_pearson_lower, clopper_pearson_upper
 from lib.certify import ABSTAIN, certify
 from lib.counts import RecordedCounts, SimulatedCounts
@@ -188,6 +190,45 @@ def test_a_grid_is_tested_in_turn_on_one_stream():
         np.testing.assert_array_equal(getattr(one, field.name), getattr(same, field.name))
 
 
+def test_a_larger_radius_of_a_grid_is_of_the_class_of_the_smaller_one():
+    """Class 0 crosses the first boundary, later class 1 the second: class 0 keeps radius 0."""
+
+    class Turning:
+        classes, drawn = 2, 0
+
+        def __len__(self):
+            return 1
+
+        def draw(self, n):
+            before, self.drawn = self.drawn, self.drawn + int(n[0])
+            return np.array([[0, int(n[0])] if before else [least, 100 - least]])
+
+    low, high = (design(NOISE.probability(r), 2000, ALPHA) for r in (0.0, 0.1))
+    least = int(low.certify[0])
+    assert high.abstain[0] < least < high.certify[0]
+    source = Turning()
+    found = certify_anytime(source, NOISE, [0.0, 0.1], 2000, ALPHA)
+    assert (found.prediction[0], found.radius[0], found.p_lower[0]) == (0, 0.0, 0.5)
+    # Class 1 alone would have had the larger radius from these draws.
+    hits = source.drawn - least
+    assert clopper_pearson_lower(hits, source.drawn, ALPHA) > norm.cdf(0.1 / 0.5)
+
+
+def test_the_tests_of_a_grid_share_alpha_with_other_classes_at_the_first():
+    """Exactly, near p = 1/2, where a design made for its own radius alone would err too often."""
+    nulls, alpha = NOISE.probability(np.array([0.0, 0.005, 0.015])), 0.05
+    tests = _grid(nulls, 1000, alpha, None)
+    alone = [design(null, 1000, alpha) for null in nulls]
+    for i in (1, 2):
+        for others, holds in ((tests, True), (alone, False)):
+            worst = max(
+                crossing(others[i], p) + crossing(tests[0], 1 - p)
+                for p in np.linspace(nulls[i - 1], nulls[i], 17)
+            )
+            assert (worst <= alpha) == holds
+            assert 0.9 * alpha < worst
+
+
 def test_a_grid_costs_less_than_its_radii_one_by_one():
     p, radii = mixed(300), [0.1, 0.25, 0.5, 0.75, 1.0]
     grid = certify_anytime(SimulatedCounts(p, seed=5), NOISE, radii, 5000, ALPHA).n.mean()
@@ -247,6 +288,15 @@ def test_the_curve_holds_the_radius():
     assert (np.diff(points, axis=0) < 0).all()
     reached = NOISE.radius_two(points[1:, 0], points[1:, 1])
     assert ((reached >= 0.5) & (reached < 0.5 + 1e-9)).all()
+
+
+def test_both_tests_of_a_pair_have_alpha_and_no_more():
+    """Exactly, at the point of the curve that each refutes: p_A = a, and p_B = b."""
+    for a, b in probability_pairs(NOISE, 0.25, 1000, 0.02)[1::2]:
+        first, second = _pair_tests((a, b), 1000, 0.02)
+        assert (first.null, second.null) == (a, 1 - b)
+        for test in (first, second):
+            assert 0.6 * 0.02 < crossing(test, test.null) <= 0.02
 
 
 def test_counting_the_runner_up_certifies_what_one_probability_cannot():
@@ -313,6 +363,23 @@ def test_the_staircase_errs_at_most_alpha_exactly(n, alpha, price):
     worst = np.unique(np.concatenate(worst))
     rates = [failure_staircase(*steps, alpha, p * (1 - 1e-12)) for p in worst[worst > 0.5]]
     assert 0.97 * alpha < max(rates) <= alpha * (1 + 1e-9)
+
+
+@pytest.mark.parametrize("p", [0.2, 0.4, 0.45, 0.5, 0.6, 0.9])
+def test_the_exact_error_of_a_staircase_is_the_sum_over_all_counts(p):
+    """A class below 1/2 errs where its bound is above 1/2: between p and 1/2 it abstains."""
+    gate, alpha, total = 6, 0.2, 0.0
+    floor = clopper_pearson_lower(gate, 8, alpha)
+    for first in range(9):
+        for second in range(13):
+            bound = clopper_pearson_lower(first, 8, alpha)
+            if first >= gate:
+                bound = max(floor, clopper_pearson_lower(first + second, 20, alpha))
+            chance = binom.pmf(first, 8, p) * binom.pmf(second, 12, p)
+            total += chance * (bound > max(p, 0.5))
+    found = failure_staircase(np.array([8, 20]), np.array([gate]), alpha, p)
+    assert found == pytest.approx(total, rel=1e-12)
+    assert 0 < found <= alpha
 
 
 def test_gates_in_any_order_are_sound():

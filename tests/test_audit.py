@@ -3,6 +3,7 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy.stats import binom, binomtest
 
@@ -214,6 +215,30 @@ def test_the_interval_of_the_rate():
     assert (row["rate"], row["low"], row["certified"]) == (0, 0, 0)
     assert row["high"] == pytest.approx((1 - 0.025**0.001) / 0.1)
 
+    def sometimes(counts, noise):
+        return np.where(np.arange(len(counts)) < 30, 1, ABSTAIN)
+
+    row = audit(sometimes, NOISE, [[0.6, 0.4]], alpha=0.1, runs=1000).iloc[0]
+    interval = binomtest(30, 1000).proportion_ci(0.95, method="exact")
+    assert (row["false"], row["rate"]) == (30, pytest.approx(0.3))
+    assert (row["low"], row["high"]) == pytest.approx((interval.low / 0.1, interval.high / 0.1))
+    assert row["p-value"] == pytest.approx(binom.sf(29, 1000, 0.1))
+
+
+@pytest.mark.parametrize(
+    ("exact", "p_value", "expected"),
+    [
+        (1 + 1e-10, 0.5, "holds"),
+        (1.001, 0.5, "fails"),
+        (np.nan, 1.1e-4, "holds"),
+        (np.nan, 0.9e-4, "fails"),
+        (0.5, 0.9e-4, "fails"),
+    ],
+)
+def test_one_row_condemns(exact, p_value, expected):
+    table = pd.DataFrame({"exact": [0.9, exact], "p-value": [0.5, p_value]})
+    assert verdict(table) == expected
+
 
 def test_a_sampler_without_alpha_must_be_told():
     with pytest.raises(ValueError, match="alpha"):
@@ -228,6 +253,14 @@ def test_noise_that_counts_pixels_is_audited_just_below_its_steps():
     edges = [float(noise.probability(r)) for r in range(1, int(noise.radius(1.0)) + 1)]
     below = [min(edge - p for p, _ in pairs if p < edge) for edge in edges]
     assert sum(gap < 1e-9 for gap in below) >= min(5, len(edges))
+
+
+@pytest.mark.parametrize("sampler", [Adaptive(radius="0.3"), Anytime(radius="0.2,0.3")], ids=repr)
+def test_samplers_of_given_radii_are_audited_just_below_each(sampler):
+    """With two classes and with three: there they are likeliest to certify too far."""
+    for edge in NOISE.probability(np.array(sampler.radii)):
+        below = [len(row) for row in truths(sampler, NOISE) if 0 < edge - row[0] < 1e-9]
+        assert below == [2, 3]
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])

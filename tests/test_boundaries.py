@@ -283,6 +283,12 @@ def test_a_table_comes_back_and_a_wrong_one_does_not(tmp_path):
     # Well formed and signed, but with a boundary that errs too often.
     save_table(path, STATED, dataclasses.replace(made, certify=made.certify - 3))
     assert load_table(path, STATED) is None
+    # At p = 1/2 the boundary of one class fixed beforehand is too low for two that may cross.
+    half = STATED | {"null": 0.5}
+    save_table(path, half, compute(0.5, 1000, 0.01, alone=True))
+    assert load_table(path, half) is None
+    save_table(path, half | {"alone": True}, compute(0.5, 1000, 0.01, alone=True))
+    assert load_table(path, half | {"alone": True}) is not None
 
 
 def test_a_design_is_loaded_not_computed_twice(tmp_path, monkeypatch):

@@ -72,6 +72,20 @@ def test_a_torn_end_is_cut_off(tmp_path, cut):
     assert list(read_journal(path)[1])[-1] == 9
 
 
+def test_every_changed_byte_of_a_whole_line_is_refused(tmp_path):
+    """Each byte in turn, one bit of it changed: votes are never read other than written."""
+    path = tmp_path / "a.journal"
+    write_journal(path, {"n": 7}, [entry(0), entry(1)])
+    data = path.read_bytes()
+    for place in range(len(data) - 1):
+        damaged = bytearray(data)
+        damaged[place] ^= 1 << place % 8
+        path.write_bytes(damaged)
+        line = data.count(b"\n", 0, place) + 1
+        with pytest.raises(ValueError, match=rf"a\.journal, line {line} is damaged"):
+            read_journal(path)
+
+
 def test_another_process_is_kept_out_and_parts_are_taken_over(tmp_path):
     path, part = tmp_path / "a.journal", tmp_path / "a.journal.part1"
     write_journal(part, {}, [entry(4)])

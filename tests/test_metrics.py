@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lib.adaptive import certify_at
-from lib.certify import ABSTAIN, Certificates
+from lib.certify import ABSTAIN, Certificates, certify
 from lib.counts import SimulatedCounts
-from lib.iss import certify_iss, sample_size_map
+from lib.iss import certify_iss, decline, sample_size_map
 from lib.metrics import (
     abstention,
     average_certified_radius,
@@ -90,6 +90,8 @@ def test_certificates_at_a_predetermined_radius_count_at_it(radius):
 
 def test_abstention_by_hand():
     assert abstention(FOUR) == 0.25
+    # A certificate at the radius 0 is none.
+    assert abstention(certificates([0, ABSTAIN], [0.0, 0.0])) == 0.5
 
 
 def test_envelope_by_hand():
@@ -161,3 +163,36 @@ def test_fresh_draws_and_a_given_class_are_counted_as_they_are_spent():
     known = iss_beside_ias(make, sizes, given, p, [0.0], known=given, reuse=False, replays=2)
     assert fresh.mad[0] <= 0.1 + 1e-9
     assert known.draws[1] == pytest.approx(known.draws[0], abs=0.5)
+
+
+@pytest.mark.parametrize("known", [None, np.array([0, 1, 0, 0])])
+@pytest.mark.parametrize("reuse", [False, True])
+def test_iss_beside_ias_example_by_example(reuse, known):
+    """Each cell from plain loops; an answer without a bound has lost its whole radius."""
+    noise, p, labels = Gaussian(1.0), np.array([0.99, 0.9, 0.7, 0.6]), np.array([0, 0, 0, 1])
+    n, alpha, radii = 100_000, 0.001, [0.0, 0.5]
+    sizes = sample_size_map(n, 0.5, "absolute", noise, alpha)
+    # The last alone: its first draws say that its whole radius is within the limit.
+    for rows in (slice(None), slice(3, 4)):
+        part = functools.partial(SimulatedCounts, np.c_[p, 1 - p][rows])
+        given = None if known is None else known[rows]
+        expected = {"ISS": [], "IAS": []}
+        for seed in range(2):
+            iss = certify_iss(part(seed), noise, 1000, n, sizes, alpha, reuse, given)
+            chosen = 100 if known is None else 0
+            even = round(iss.n.mean()) - chosen
+            ias = certify(part(seed), noise, chosen, even, alpha, given)
+            for name, found, apart in (("ISS", iss, 0 if reuse else 1000), ("IAS", ias, chosen)):
+                lost = [
+                    decline(found.n[i] - apart if found.p_lower[i] > 0 else 0, n, q, noise, alpha)
+                    for i, q in enumerate(p[rows])
+                ]
+                right = right_radius(found, labels[rows])
+                accuracy = certified_accuracy(found, labels[rows], radii)
+                expected[name].append([found.n.mean(), max(lost), right.mean(), *accuracy])
+        table = iss_beside_ias(part, sizes, labels[rows], p[rows], radii, given, reuse, replays=2)
+        assert list(table.columns) == ["method", "draws", "mad", "acr", "r0.00", "r0.50"]
+        for name, values in expected.items():
+            cells = table[table.method == name].iloc[0, 1:].to_numpy(float)
+            np.testing.assert_allclose(cells, np.mean(values, axis=0), rtol=1e-12)
+    assert table.mad[0] > 0.2

@@ -3,17 +3,29 @@
 import dataclasses
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
-from scipy.special import ndtri
+from scipy.special import ndtr, ndtri
+from scipy.stats import binom
 
-from lib.certify import certify
+from lib.adaptive import (
+    certify_anytime,
+    certify_at,
+    certify_staircase,
+    failure_staircase,
+    last_stage_size,
+    staircase,
+)
+from lib.certify import certify, certify_margin, certify_partition
 from lib.counts import ModelCounts, RecordedCounts, SimulatedCounts
+from lib.iss import certify_iss, failure_rate, sample_size_map
 from lib.losses import LOSSES, GaussianLoss
 from lib.noise import (
     NOISES,
     Gaussian,
     Noise,
+    Uniform,
     float32_below,
     noise_stream,
     per_image,
@@ -140,6 +152,13 @@ def test_one_number_is_the_level_of_noise_and_radius():
         unit = noise_stream(0, 0, 0, torch.device("cpu")).standard_normal(1, dtype=np.float32)
         assert drawn.item() == np.float32(noise.level) * unit[0]
         assert noise.radius(0.9) == noise.level * ndtri(0.9)
+        assert noise.radius_two(0.9, 0.05) == noise.level / 2 * (ndtri(0.9) - ndtri(0.05))
+        assert noise.probability(noise.level) == ndtr(1.0)
+        cube = Uniform(sigma)
+        assert cube.level == noise.level
+        assert cube.radius(0.75) == cube.level / 2
+        assert cube.radius_two(0.75, 0.25) == cube.level / 2
+        assert cube.probability(cube.level / 2) == 0.75
         assert sigma * (1 - 2**-23) <= noise.level <= sigma
     assert float32_below(0.1) < 0.1 < float(np.float32(0.1))
     assert Gaussian(0.12).level == float(np.float32(0.12)) < 0.12
@@ -202,3 +221,77 @@ def test_what_a_sampler_states_is_what_it_takes():
         assert not sampler.fixed or (total == sampler.most).all()
     votes = RecordVotes(50)(SimulatedCounts([[0.5, 0.5]]), noise)
     assert (votes.n[0], votes.prediction[0], votes.radius[0]) == (50, -1, 0)
+
+
+@pytest.mark.parametrize(
+    ("sampler", "call"),
+    [
+        (Certify(20, 300, 0.01), lambda c, z: certify(c, z, 20, 300, 0.01)),
+        (
+            InputSpecific(20, 300, 0.01, 0.2, "relative", True),
+            lambda c, z: certify_iss(
+                c, z, 20, 300, sample_size_map(300, 0.2, "relative", z, 0.01), 0.01, True
+            ),
+        ),
+        (Margin(20, 300, 0.01, 0.3), lambda c, z: certify_margin(c, z, 20, 300, 0.01, 0.3)),
+        (
+            Partition(20, 300, 0.01, False),
+            lambda c, z: certify_partition(c, z, 20, 300, 0.01, False),
+        ),
+        (
+            Adaptive("0.25", "50,400", 20, 0.01, 0.1),
+            lambda c, z: certify_at(c, z, 0.25, (50, 400), 0.01, 0.1, n0=20),
+        ),
+        (
+            Anytime("0.1,0.25", 500, 0.01, 0.1),
+            lambda c, z: certify_anytime(c, z, [0.1, 0.25], 500, 0.01, 0.1),
+        ),
+        (
+            Anytime("0.25", 500, 0.01, runner_up=True, n0=20),
+            lambda c, z: certify_anytime(c, z, 0.25, 500, 0.01, runner_up=True, n0=20),
+        ),
+        (
+            Staircase(20, 3000, 0.01, 0.1, 5, "radius"),
+            lambda c, z: certify_staircase(c, z, 20, 3000, 0.01, 0.1, 5, "radius"),
+        ),
+    ],
+)
+def test_a_sampler_is_its_function_with_all_of_its_options(sampler, call):
+    """None of them left at its default, and none that makes no difference to these votes."""
+    noise, top = Gaussian(0.5), np.linspace(0.5, 1, 60)
+    p = np.stack([top, 0.6 * (1 - top), 0.3 * (1 - top), 0.1 * (1 - top)], axis=1)
+
+    def answers(run):
+        return run(SimulatedCounts(p, seed=1), noise).frame()
+
+    found = answers(sampler)
+    pd.testing.assert_frame_equal(found, answers(call))
+    assert 0.1 < (found["prediction"] >= 0).mean() < 1
+    plain = type(sampler)()
+    for field in dataclasses.fields(sampler):
+        default = getattr(plain, field.name)
+        if getattr(sampler, field.name) != default and field.name not in ("n", "stages", "radius"):
+            other = dataclasses.replace(sampler, **{field.name: default})
+            assert not found.equals(answers(other)), field.name
+
+
+@pytest.mark.parametrize("reuse", [False, True])
+def test_exact_failures_are_those_of_the_options_given(reuse):
+    noise, p = Gaussian(0.5), 0.55
+    sizes = sample_size_map(300, 0.2, "relative", noise, 0.01)
+    iss = InputSpecific(20, 300, 0.01, 0.2, "relative", reuse)
+    assert iss.failure(p, noise) == failure_rate(p, 20, sizes, reuse)
+    steps, right = staircase(3000, 0.01, 0.1, 5, "radius"), binom.sf(9, 20, p)
+    expected = right * failure_staircase(*steps, 0.01, p)
+    expected += (1 - right) * failure_staircase(*steps, 0.01, 1 - p)
+    stairs = Staircase(20, 3000, 0.01, 0.1, 5, "radius")
+    assert stairs.failure(p, noise) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("n", [1000, 100_000])
+def test_the_standard_of_adaptive_stages_is_the_certify_of_the_same_reach(n):
+    """Theorem 6.1.3 backwards: from the last stage that CERTIFY(n) needs to n."""
+    last = last_stage_size(n, 0.001, 3)
+    sampler = Adaptive(stages=f"100,500,{last}", n0=50)
+    assert sampler.standard - 50 == n
+    assert Anytime(n=n).standard == Staircase(100, n).standard == 100 + n

@@ -176,6 +176,14 @@ def test_radius_distribution_at_its_ends():
     assert none.quantile(0.99) == 0
 
 
+@pytest.mark.parametrize("p", [0.3, 0.6, 0.98])
+def test_the_mean_radius_is_the_sum_over_all_counts(p):
+    noise, k = Gaussian(0.5), np.arange(201)
+    radii = noise.radius(clopper_pearson_lower(k, 200, 0.01))
+    found = radius_distribution(p, 200, 0.01, noise)
+    assert found.mean() == pytest.approx(binom.pmf(k, 200, p) @ radii, rel=1e-9, abs=1e-12)
+
+
 def simulated_logits(model, images, k, draws, seed):
     """Logits of k networks as section 5 says, each image with its own c: clean, perturbed."""
     rng = np.random.default_rng(seed)
