@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lib.bounds import clopper_pearson_lower, clopper_pearson_upper, top_class_pvalue
-from lib.checks import check_draws, check_labels, check_level, check_noise
+from lib.checks import check_draws, check_labels, check_level, check_noise, check_one_readout
 
 ABSTAIN = -1
 
@@ -69,9 +69,10 @@ def predict(counts, n, alpha):
     - counts: source of votes for B examples; n draws of each are taken.
     - alpha: failure probability per example, in (0, 1).
 
-    Returns int64 [B]. Raises ValueError naming n or alpha.
+    Returns int64 [B]. Raises ValueError naming counts, n or alpha.
     """
     n, alpha = check_draws(n=n), check_level(alpha=alpha)
+    check_one_readout(counts)
     votes = counts.draw(n)
     ordered = np.sort(votes, axis=1)
     several = votes.shape[1] > 1

@@ -207,11 +207,22 @@ def check_counts(counts, below=None, readouts=False):
     return counts
 
 
+def check_one_readout(counts):
+    """A source of votes [B, C]: of several readouts, [R, B, C], each is certified by its view."""
+    names = getattr(counts, "names", ())
+    if names and np.ndim(getattr(counts, "votes", None)) == 3:
+        raise ValueError(
+            f"counts hold {len(names)} readouts ({', '.join(names)}): pass one of them, "
+            f"counts.view({names[0]!r})"
+        )
+
+
 def check_noise(counts, noise):
     """The noise of a certificate is the one that its votes were drawn under.
 
     - counts: a source of votes; its attribute `noise`, where it has one, is that of its votes.
     """
+    check_one_readout(counts)
     own = getattr(counts, "noise", None)
     if own is not None and own != noise:
         raise ValueError(
