@@ -17,6 +17,7 @@ from lib.bounds import clopper_pearson_lower
 from lib.certify import ABSTAIN, Certificates, choose_class, votes_for
 from lib.checks import check_choice, check_draws, check_level, check_noise
 
+LOOKS = 40  # of the staircase; with fewer draws than that, at each of them
 AIMS = ("acr", "radius")  # of the staircase: the mean radius of right images, or of all
 
 
@@ -371,7 +372,7 @@ def _follow_pair(counts, tests, alive, chosen):
 # ------------------------------------------------------------------ the largest radius
 
 
-def staircase(n, alpha, price=0.3, looks=40, aim="acr"):
+def staircase(n, alpha, price=0.3, looks=LOOKS, aim="acr"):
     """The looks and gates of `certify_staircase`: int64 [m] and int64 [m - 1].
 
     Looks: geometric from n / 200 to n. Gate j is the smallest count k from which it pays to go on:
@@ -387,6 +388,8 @@ def staircase(n, alpha, price=0.3, looks=40, aim="acr"):
     n, looks = check_draws(n=n, looks=looks)
     if np.ndim(n):
         raise ValueError(f"n must be one whole number, the draws of the last look; got {n!r}")
+    if np.ndim(looks) or looks > max(n, LOOKS):
+        raise ValueError(f"looks must be one whole number, at most n = {n}; got {looks}")
     alpha = check_level(alpha=alpha)
     check_choice(AIMS, aim=aim)
     if not np.isscalar(price) or not 0 <= price < np.inf:
@@ -412,7 +415,9 @@ def staircase(n, alpha, price=0.3, looks=40, aim="acr"):
     return sizes, gates
 
 
-def certify_staircase(counts, noise, n0, n, alpha, price=0.3, looks=40, aim="acr", prediction=None):
+def certify_staircase(
+    counts, noise, n0, n, alpha, price=0.3, looks=LOOKS, aim="acr", prediction=None
+):
     """The largest radius, with few draws where more would hardly raise it: looks with gates.
 
     n0 draws choose the class; looks n_1 < ... < n_m = n and a gate for each but the last are fixed
@@ -435,8 +440,8 @@ def certify_staircase(counts, noise, n0, n, alpha, price=0.3, looks=40, aim="acr
     - n0: draws that choose the class. n: draws of the last look.
     - alpha: one-sided failure probability per example, in (0, 1).
     - price: price of n draws in units of radius / sigma: a larger one saves draws and loses radius.
-    - looks: how many. Images that are always hit all stop at one look, so that few looks leave few
-      choices of their draws: 12 looks take up to 4% more draws than 40 at equal ACR.
+    - looks: how many, at most n. Images that are always hit all stop at one look, so that few looks
+      leave few choices of their draws: 12 looks take up to 4% more draws than 40 at equal ACR.
     - aim: "acr" or "radius", what the gates save draws for (`staircase`). Price, looks and aim
       never touch the guarantee.
     - prediction: int [B], classes chosen beforehand, independently of these draws; n0 must be 0.

@@ -125,8 +125,8 @@ def certified_accuracy_lower(y, m, alpha, rho):
     Guarantee: with probability >= 1 - rho over CERTIFY's draws, the certified accuracy of the
     smoothed classifier on the m examples is at least this, pointwise in the radius.
 
-    - y: number of examples that were certified correctly, 0 .. m; may be an array.
-    - m: number of examples.
+    - y: number of examples that were certified correctly, a whole number 0 .. m; may be an array.
+    - m: number of examples, a whole number.
     - alpha: failure probability of each certificate, at most 1/2.
     - rho: failure probability of this bound, in (0, 1).
 
@@ -145,9 +145,9 @@ def certified_accuracy_lower(y, m, alpha, rho):
 
 def _check_examples(y, m):
     y, m = np.asarray(y, dtype=np.float64), np.asarray(m, dtype=np.float64)
-    if not ((m >= 1) & (y >= 0) & (y <= m)).all():
+    if not ((m >= 1) & (y >= 0) & (y <= m)).all() or (y % 1).any() or (m % 1).any():
         raise ValueError(
-            "y must be the number of correctly certified examples among m: 0 <= y <= m, m >= 1; "
-            f"got y = {y}, m = {m}"
+            "y must be the number of correctly certified examples among m: whole numbers, "
+            f"0 <= y <= m, m >= 1 (of a share: np.round(share * m)); got y = {y}, m = {m}"
         )
     return y, m

@@ -20,12 +20,27 @@ class Certificates:
       is open.
     - p_lower: float64 [B], the bound behind the radius.
     - n: int64 [B], draws used, selection draws included.
+
+    Labels are often a torch tensor, which does not compare with these arrays: `frame(labels)` takes
+    either. Raises ValueError naming what differs in shape, or a radius or class below the least.
     """
 
     prediction: np.ndarray
     radius: np.ndarray
     p_lower: np.ndarray
     n: np.ndarray
+
+    def __post_init__(self):
+        shapes = {name: np.shape(value) for name, value in vars(self).items()}
+        if len(set(shapes.values())) > 1:
+            shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise ValueError(f"prediction, radius, p_lower and n must have one shape; got {shown}")
+        if not np.greater_equal(self.radius, 0).all():
+            raise ValueError(f"radius must be >= 0, 0.0 where abstained; got {np.min(self.radius)}")
+        if np.less(self.prediction, ABSTAIN).any():
+            raise ValueError(
+                f"prediction must be a class >= 0, or ABSTAIN (-1); got {np.min(self.prediction)}"
+            )
 
     def __len__(self):
         return len(self.prediction)
@@ -50,7 +65,11 @@ class Certificates:
         )
 
     def frame(self, labels=None):
-        """A DataFrame, one row per example; with labels also `label` and `correct`."""
+        """A DataFrame, one row per example; with labels also `label` and `correct`.
+
+        - labels: whole numbers [B], as an array or a tensor. `frame(y).correct.mean()` is the
+          share of examples that are right.
+        """
         fields = dataclasses.fields(self)
         table = pd.DataFrame({field.name: getattr(self, field.name) for field in fields})
         if labels is not None:

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 MOST_DRAWS = 10**10  # up to here lib.bounds is checked against 40-digit arithmetic
+SLIGHT = 0.05  # pixels this far outside [0, 1] are rounding or a perturbation, no other scale
 MOST_SHOWN = 20  # choices that an error lists, beyond them the nearest
 
 
@@ -123,10 +124,19 @@ def check_images(x, bounded=True):
         raise ValueError(
             f"x must be float32 with pixels in [0, 1] (from uint8: x.float() / 255); got {x.dtype}"
         )
-    low, high = float(x.min()), float(x.max())
-    if not bounded and not math.isfinite(low + high):
-        raise ValueError(f"x must have finite pixels; got values from {low:.4g} to {high:.4g}")
-    if bounded and not (low >= 0 and high <= 1):
+    low, high = (float(end) for end in x.detach().aminmax())
+    if not math.isfinite(low + high):
+        what = "NaN" if math.isnan(low + high) else "infinite values"
+        raise ValueError(
+            f"x must have finite pixels; it holds {what}: look at how the images were read or made"
+        )
+    excess = max(-low, high - 1)
+    if bounded and 0 < excess <= SLIGHT:
+        raise ValueError(
+            f"x must have pixels in [0, 1]; some lie outside by up to {excess:.3g}. Rounding: pass "
+            "x.clamp(0, 1). A perturbed image may lie outside: ModelCounts(..., bounded=False)"
+        )
+    if bounded and excess > SLIGHT:
         raise ValueError(
             f"x must have pixels in [0, 1]; got values from {low:.4g} to {high:.4g}. Radii are in "
             "units of pixels in [0, 1]: divide by 255, and put the normalisation inside the model "

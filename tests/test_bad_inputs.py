@@ -178,6 +178,10 @@ BAD = {
         lambda: bounds.certified_accuracy_lower(11, 10, 0.001, 0.001),
         ["y must", "0 <= y <= m", "y = 11.0, m = 10.0"],
     ),
+    "y a share": (
+        lambda: bounds.certified_accuracy_lower(0.8, 5, 0.001, 0.001),
+        ["y must", "whole numbers", "np.round(share * m)", "y = 0.8"],
+    ),
     "m 0": (lambda: bounds.certified_accuracy_lower(0, 0, 0.001, 0.001), ["m >= 1"]),
     "counts in one row": (lambda: RecordedCounts([1, 2]), ["counts", "[B, C]", "(2,)"]),
     "counts negative": (lambda: RecordedCounts([[1, -2]]), ["counts", ">= 0", "-2"]),
@@ -282,11 +286,16 @@ BAD = {
     "images in double": (lambda: live(X.double()), ["x must", "float32", "float64"]),
     "images up to 255": (lambda: live(X * 255), ["x must", "[0, 1]", "127.5", "255", "Normalize"]),
     "images below 0": (lambda: live(X - 1), ["x must", "[0, 1]", "-0.5"]),
-    "images with a NaN": (lambda: live(X * math.nan), ["x must", "nan"]),
+    "images with a NaN": (lambda: live(X * math.nan), ["x must", "finite", "holds NaN"]),
+    "images past 1 by rounding": (
+        lambda: live(X + 0.5 + 2.0**-20),
+        ["x must", "outside by up to 9.54e-07", "x.clamp(0, 1)", "bounded=False"],
+    ),
     "images unbounded but infinite": (
         lambda: live(X / 0, bounded=False),
-        ["x must", "finite", "inf"],
+        ["x must", "finite", "infinite values"],
     ),
+    "progress as text": (lambda: live(progress="yes"), ["progress", "None, True, False", "'yes'"]),
     "images of another shape": (
         lambda: live(torch.zeros(1, 1, 4, 4), model=live().base),
         ["x must", "(1, 8, 8)", "(1, 4, 4)"],
