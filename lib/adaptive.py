@@ -15,7 +15,7 @@ from scipy.special import ndtr, ndtri
 from lib.boundaries import bonferroni, crossing, design, stopped
 from lib.bounds import clopper_pearson_lower
 from lib.certify import ABSTAIN, Certificates, choose_class, votes_for
-from lib.checks import check_choice, check_draws, check_level, check_noise
+from lib.checks import check_choice, check_draws, check_level, check_noise, check_numbers
 
 LOOKS = 40  # of the staircase; with fewer draws than that, at each of them
 AIMS = ("acr", "radius")  # of the staircase: the mean radius of right images, or of all
@@ -78,12 +78,19 @@ def _nulls(noise, radii, size):
     return np.stack([np.broadcast_to(noise.probability(r), size) for r in radii])
 
 
-def _check_radius(radius):
-    radii = np.atleast_1d(np.asarray(radius, dtype=np.float64))
+def _check_radius(radius, noise):
+    radii = np.atleast_1d(check_numbers(radius, "radius", "iuf"))
     if radii.ndim != 1 or not len(radii) or not (radii >= 0).all() or (np.diff(radii) <= 0).any():
         raise ValueError(
             "radius must be a number >= 0, or several of them rising, in the noise's units "
             f"(Gaussian: l2, pixels in [0, 1]); got {radius!r}"
+        )
+    # Rounded to 1, a probability is reached by no bound.
+    if np.all(noise.probability(radii[-1]) >= 1):
+        most = np.max(noise.radius(np.nextafter(1.0, 0.0)))
+        raise ValueError(
+            "radius must be one that a probability below 1 certifies, under this noise at most "
+            f"{most:.4g}; got {radii[-1]:g}"
         )
     return radii
 
@@ -142,12 +149,13 @@ def certify_at(counts, noise, radius, stages, alpha, beta, n0=100, prediction=No
     check_noise(counts, noise)
     if np.ndim(radius):
         raise ValueError(f"radius must be one number; got {radius!r}. A grid: certify_anytime")
+    radii = _check_radius(radius, noise)
     chosen = choose_class(counts, n0, prediction)
 
     def tests_of(kind):
         return [bonferroni(kind[0], stages, alpha, beta)]
 
-    return _at_radii(counts, noise, _check_radius(radius), tests_of, chosen, n0)
+    return _at_radii(counts, noise, radii, tests_of, chosen, n0)
 
 
 def _check_stages(stages):
@@ -217,7 +225,7 @@ def certify_anytime(counts, noise, radius, n, alpha, beta=None, runner_up=False,
     """
     n, alpha = check_draws(n=n), check_level(alpha=alpha)
     check_noise(counts, noise)
-    radii = _check_radius(radius)
+    radii = _check_radius(radius, noise)
     if runner_up:
         if len(radii) > 1 or beta is not None:
             raise ValueError("runner_up takes one radius, and no beta")

@@ -20,6 +20,17 @@ def _one_or_all(values):
     return values[0] if len(values) == 1 else values
 
 
+def check_numbers(value, name, kinds="iufb"):
+    """Real numbers as a float64 array; text, None and (without "b" in kinds) truth are refused."""
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind not in kinds + "O":
+            raise TypeError
+        return array.astype(np.float64, copy=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a number, or an array of them; got {value!r}") from error
+
+
 def check_level(**levels):
     """Failure probabilities: each keyword is a number in the open interval (0, 1).
 
@@ -27,7 +38,8 @@ def check_level(**levels):
     """
     for name, value in levels.items():
         if not isinstance(value, numbers.Real) or not 0 < value < 1 or not 0 < float(value) < 1:
-            raise ValueError(f"{name} must be a number in (0, 1), such as 0.001; got {value!r}")
+            example = 0.5 if name == "share" else 0.001
+            raise ValueError(f"{name} must be a number in (0, 1), such as {example}; got {value!r}")
     return _one_or_all([float(value) for value in levels.values()])
 
 
@@ -52,9 +64,11 @@ def check_draws(**draws):
     checked = []
     for name, value in draws.items():
         array = np.asarray(value)
+        if array.size == 0:
+            raise ValueError(f"{name} must hold at least one whole number; got {value!r}")
         if array.dtype.kind not in "iu":
             raise ValueError(f"{name} must be a whole number (int); got {value!r}")
-        if array.size == 0 or array.min() < 1:
+        if array.min() < 1:
             raise ValueError(f"{name} must be at least 1; got {value!r}")
         if array.max() > MOST_DRAWS:
             raise ValueError(f"{name} must be at most {MOST_DRAWS:.0e}; got {value!r}")
@@ -72,27 +86,24 @@ def check_seed(seed):
         raise ValueError(f"seed must be a whole number in [0, 2^32); got {seed!r}")
 
 
-def check_sigma(sigma):
+def check_sigma(sigma, name="sigma"):
     """A noise level: finite and > 0, a scalar or one value per example.
+
+    - name: of the argument.
 
     Returns it as float or float64 array [B].
     """
-    try:
-        array = np.asarray(sigma, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"sigma must be a number or one number per example; got {sigma!r}"
-        ) from error
+    array = check_numbers(sigma, name)
     if array.ndim > 1 or array.size == 0 or not np.isfinite(array).all() or (array <= 0).any():
         raise ValueError(
-            f"sigma must be finite and > 0, a scalar or one value per example; got {sigma!r}"
+            f"{name} must be finite and > 0, a scalar or one value per example; got {sigma!r}"
         )
     return float(array) if array.ndim == 0 else array
 
 
 def check_probability(p, name):
     """Class probabilities in [0, 1], as a float64 array."""
-    array = np.asarray(p, dtype=np.float64)
+    array = check_numbers(p, name)
     if not ((array >= 0) & (array <= 1)).all():
         raise ValueError(f"{name} must lie in [0, 1] and not be NaN; got {p!r}")
     return array
@@ -100,7 +111,7 @@ def check_probability(p, name):
 
 def check_radius(radius):
     """Radii >= 0 as float64."""
-    radius = np.asarray(radius, dtype=np.float64)
+    radius = check_numbers(radius, "radius", "iuf")
     if not (radius >= 0).all():
         raise ValueError(f"radius must be >= 0, in units of pixels in [0, 1]; got {radius!r}")
     return radius

@@ -19,6 +19,7 @@ from lib.checks import (
     check_labels,
     check_level,
     check_noise,
+    check_numbers,
     check_probability,
 )
 
@@ -41,7 +42,7 @@ def decline(k, n_max, p, noise, alpha, kind="absolute"):
     """
     alpha, n_max = check_level(alpha=alpha), check_draws(n_max=n_max)
     check_choice(KINDS, kind=kind)
-    k = np.asarray(k, dtype=np.float64)
+    k = check_numbers(k, "k")
     k, n_max, p = np.broadcast_arrays(k, n_max, check_probability(p, "p"))
     if not ((k >= 0) & (k <= n_max)).all():
         raise ValueError("k must satisfy 0 <= k <= n_max everywhere: the draws taken of n_max")

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from lib.certify import certify
-from lib.checks import check_labels
+from lib.checks import check_labels, check_numbers
 from lib.iss import certify_iss, decline
 
 
@@ -54,7 +54,7 @@ def certified_accuracy(certificates, labels, radii):
     Returns float64 of the shape of radii. Raises ValueError naming labels or radii.
     """
     labels = check_labels(labels, len(certificates))
-    radii = np.asarray(radii, dtype=np.float64)
+    radii = check_numbers(radii, "radii", "iuf")
     if not (radii >= 0).all():
         raise ValueError(f"radii must be >= 0, in the units of the certificates; got {radii!r}")
     right = np.where(certificates.prediction == labels, certificates.radius, -1.0)

@@ -193,14 +193,14 @@ class Uniform(Noise):
 
     - half: lambda of the paper, half the cube's edge, in pixels in [0, 1]: a scalar, or [B].
 
-    Raises ValueError naming sigma, the level.
+    Raises ValueError naming half.
     """
 
     half: float | np.ndarray
     norm = "l1"
 
     def __post_init__(self):
-        object.__setattr__(self, "half", check_sigma(self.half))
+        object.__setattr__(self, "half", check_sigma(self.half, "half"))
 
     @property
     def level(self):

@@ -249,7 +249,7 @@ class _Search:
                 "Search with one of these, and certify in int8"
             )
         self.x, self.objective, self.seed = x.detach(), objective, seed
-        self.scale0 = np.broadcast_to(check_sigma(sigma0), len(x)).astype(np.float64)
+        self.scale0 = np.broadcast_to(check_sigma(sigma0, "sigma0"), len(x)).astype(np.float64)
         low, high = objective.bounds
         if self.scale0.min() < low or self.scale0.max() > high:
             raise ValueError(

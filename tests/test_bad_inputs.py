@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from lib import bounds, metrics
-from lib.certify import Certificates, certify, predict
+from lib.adaptive import certify_anytime, certify_at
+from lib.certify import Certificates, certify, certify_margin, predict
 from lib.counts import RecordedCounts, SimulatedCounts, counts_from_log
 from lib.data import load
 from lib.engine.classifier import BaseClassifier
@@ -20,7 +21,8 @@ from lib.engine.live import ModelCounts
 from lib.iss import certify_iss, failure_rate, sample_size_map
 from lib.losses import GaussianLoss
 from lib.models import build
-from lib.noise import Gaussian
+from lib.noise import Gaussian, Uniform
+from lib.sigma import optimize_sigma
 from lib.store.records import Record, save_counts
 from lib.theory import cohen_radius, lecuyer_radius, li_radius
 from lib.train import Schedule, fit
@@ -47,6 +49,10 @@ def live(x=X, noise=None, model=None, **settings):
     return ModelCounts(
         network() if model is None else model, x, noise or Gaussian(0.5), **engine | settings
     )
+
+
+def convolution():
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 3, 8), torch.nn.Flatten())
 
 
 def mixing():
@@ -166,6 +172,10 @@ BAD = {
         lambda: bounds.clopper_pearson_lower([3, 7], 5, 0.001),
         ["k must", "k = 7.0, n = 5.0"],
     ),
+    "k text": (
+        lambda: bounds.clopper_pearson_lower("a", 5, 0.001),
+        ["k must be a number", "'a'"],
+    ),
     "k negative": (lambda: bounds.clopper_pearson_upper(-1, 5, 0.001), ["k must", "0 <= k <= n"]),
     "k NaN": (lambda: bounds.clopper_pearson_lower(math.nan, 5, 0.001), ["k must", "nan"]),
     "n_a below n_b": (
@@ -237,6 +247,37 @@ BAD = {
         ["sigma", "2", "3"],
     ),
     "radius negative": (lambda: Gaussian(0.5).probability(-1.0), ["radius", ">= 0", "-1."]),
+    "half negative": (lambda: Uniform(-1), ["half must", "> 0", "-1"]),
+    "sigma0 negative": (lambda: optimize_sigma(network(), X, -1, 1), ["sigma0 must", "> 0", "-1"]),
+    "radius text": (lambda: Gaussian(0.5).probability("a"), ["radius must be a number", "'a'"]),
+    "radius of a grid text": (
+        lambda: certify_anytime(votes(), Gaussian(0.5), ["a"], 100, 0.001),
+        ["radius must be a number", "'a'"],
+    ),
+    "radius true": (
+        lambda: certify_at(votes(), Gaussian(0.5), True, (10, 100), 0.001, 0.001),
+        ["radius must be a number", "True"],
+    ),
+    "radius past every probability": (
+        lambda: certify_at(votes(), Gaussian(0.5), 100, (10, 100), 0.001, 0.001),
+        ["radius must", "a probability below 1", "at most 4.1", "got 100"],
+    ),
+    "radius past every probability, anytime": (
+        lambda: certify_anytime(votes(), Gaussian(0.5), [0.1, 100], 100, 0.001),
+        ["radius must", "a probability below 1", "at most 4.1", "got 100"],
+    ),
+    "stages none": (
+        lambda: certify_at(votes(), Gaussian(0.5), 0.5, (), 0.001, 0.001),
+        ["stages must", "at least one", "()"],
+    ),
+    "share 1": (
+        lambda: certify_margin(votes(), Gaussian(0.5), 10, 100, 0.001, share=1),
+        ["share must", "(0, 1)", "such as 0.5"],
+    ),
+    "radii text": (
+        lambda: metrics.certified_accuracy(certificates(), [0, 1], "a"),
+        ["radii must be a number", "'a'"],
+    ),
     "radius NaN": (lambda: Gaussian(0.5).probability(math.nan), ["radius", "nan"]),
     "radii negative": (
         lambda: metrics.certified_accuracy(certificates(), [0, 1], [0.5, -0.5]),
@@ -302,7 +343,23 @@ BAD = {
     ),
     "model no module": (
         lambda: live(model=lambda x: x),
-        ["model must", "torch.nn.Module", "function"],
+        ["model must", "torch.nn.Module", "function", "forward returns logits"],
+    ),
+    "model by name": (
+        lambda: live(model="digits-cnn-sigma0.50"),
+        ["model must", "got str", "lib.zoo.model('digits-cnn-sigma0.50')"],
+    ),
+    "images with their channels last": (
+        lambda: live(X.permute(0, 2, 3, 1), model=convolution()),
+        ["model does not run", "[4, 8, 8, 1]", "x.permute(0, 3, 1, 2)"],
+    ),
+    "images of another size": (
+        lambda: live(torch.zeros(1, 1, 16, 16)),
+        ["model does not run", "[4, 1, 16, 16]", "mat1"],
+    ),
+    "argument unknown": (
+        lambda: live(blok=3),
+        ["argument of ModelCounts must", "'block'", "'blok'"],
     ),
     "model without classes": (
         lambda: live(model=torch.nn.Identity()),

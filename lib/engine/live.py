@@ -275,11 +275,14 @@ class ModelCounts:
         )
 
 
+ENGINE = ("device", "dtype", "block", "layout", "compile", "tune")  # further arguments
 _NOT_BOTH = "draw from the source or from its views, not from both: they share one stream"
 
 
 def _ready(model, shape, readouts, engine):
     """The BaseClassifier, or the Panel of several networks, that votes."""
+    for name in engine:
+        check_choice(ENGINE, **{"a further argument of ModelCounts": name})
     if isinstance(model, Panel):
         if readouts is not None or engine:
             given = ", ".join([*(["readouts"] if readouts is not None else []), *engine])
