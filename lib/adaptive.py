@@ -139,7 +139,8 @@ def certify_at(counts, noise, radius, stages, alpha, beta, n0=100, prediction=No
     - alpha: one-sided failure probability per example, in (0, 1).
     - beta: failure probability of an early abstention, in (0, 1).
     - n0: draws that choose the class.
-    - prediction: int [B], classes chosen beforehand, independently of these draws; n0 must be 0.
+    - prediction: int [B], classes chosen beforehand, independently of these draws (of a source of
+      another seed); n0 must be 0.
 
     Returns Certificates of B examples; `stage_shares` counts who left at which stage. Raises
     ValueError naming radius, stages, alpha, beta, n0, prediction or noise.
@@ -452,7 +453,8 @@ def certify_staircase(
       leave few choices of their draws: 12 looks take up to 4% more draws than 40 at equal ACR.
     - aim: "acr" or "radius", what the gates save draws for (`staircase`). Price, looks and aim
       never touch the guarantee.
-    - prediction: int [B], classes chosen beforehand, independently of these draws; n0 must be 0.
+    - prediction: int [B], classes chosen beforehand, independently of these draws (of a source of
+      another seed); n0 must be 0.
 
     Returns Certificates of B examples. Raises ValueError naming the argument.
     """

@@ -117,12 +117,15 @@ def certify(counts, noise, n0, n, alpha, prediction=None):
       [0, 1]). It must be the one that the counts were drawn under, where they know it. A sigma
       chosen for each image is held fixed over the image's ball: each certificate then speaks of
       the classifier smoothed with that sigma.
-    - n0: draws that choose the class. n: fresh draws for the bound.
+    - n0: draws that choose the class. n: fresh draws for the bound. Each one number, or int [B],
+      one per example.
     - alpha: one-sided failure probability per example, in (0, 1).
-    - prediction: int [B], classes chosen beforehand, independently of these draws (a published
-      log's). n0 must then be 0.
+    - prediction: int [B], classes chosen beforehand, independently of these draws: a published
+      log's, or those of a source of another seed (with the same seed they are the same draws). n0
+      must then be 0.
 
-    Returns Certificates of B examples. Raises ValueError naming noise, n0, n, alpha or prediction.
+    Returns Certificates of B examples. Raises ValueError naming counts, noise, n0, n, alpha or
+    prediction.
     """
     n, alpha = check_draws(n=n), check_level(alpha=alpha)
     check_noise(counts, noise)
@@ -206,7 +209,14 @@ def certify_partition(counts, noise, n0, n, alpha, merge=True):
     selection draws, and each other class is at most as likely as its group.
     For comparison: `certify_margin` pays for no union.
 
-    Arguments, return value and errors are those of `certify_margin`.
+    - counts: source of votes for B examples; n0 + n draws of each are taken.
+    - noise: smoothing distribution with a `radius_two`; its norm and units are the radius's.
+    - n0: draws that choose the class and the groups. n: fresh draws for all bounds.
+    - alpha: one-sided failure probability per example, in (0, 1).
+    - merge: whether rare classes share a group; False: every class is one.
+
+    Returns Certificates of B examples; p_lower is the lower bound of A, which may lie below 1/2.
+    Raises ValueError naming counts, noise, n0, n or alpha.
     """
     (n0, n), alpha = check_draws(n0=n0, n=n), check_level(alpha=alpha)
     _check_two(counts, noise)

@@ -171,6 +171,9 @@ class Gaussian(Noise):
         - p_a: lower bound of the top class's probability, in [0, 1].
         - p_b: upper bound of every other class's, in [0, 1].
 
+        Bounds of two classes may sum to more than 1, which probabilities do not; the radius is
+        then less than `radius(p_a)`, which holds as well: pass min(p_b, 1 - p_a).
+
         Cohen et al. 2019, theorem 1. With p_b = 1 - p_a it is `radius`.
         """
         p_a, p_b = check_probability(p_a, "p_a"), check_probability(p_b, "p_b")

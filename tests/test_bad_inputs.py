@@ -17,7 +17,9 @@ from lib.certify import Certificates, certify, certify_margin, predict
 from lib.counts import RecordedCounts, SimulatedCounts, counts_from_log
 from lib.data import load
 from lib.engine.classifier import BaseClassifier
+from lib.engine.int8 import quantize
 from lib.engine.live import ModelCounts
+from lib.ensemble import Ensemble
 from lib.iss import certify_iss, failure_rate, sample_size_map
 from lib.losses import GaussianLoss
 from lib.models import build
@@ -249,6 +251,10 @@ BAD = {
     "radius negative": (lambda: Gaussian(0.5).probability(-1.0), ["radius", ">= 0", "-1."]),
     "half negative": (lambda: Uniform(-1), ["half must", "> 0", "-1"]),
     "sigma0 negative": (lambda: optimize_sigma(network(), X, -1, 1), ["sigma0 must", "> 0", "-1"]),
+    "steps negative": (
+        lambda: optimize_sigma(network(), X, 0.5, -1),
+        ["steps must", ">= 0", "-1"],
+    ),
     "radius text": (lambda: Gaussian(0.5).probability("a"), ["radius must be a number", "'a'"]),
     "radius of a grid text": (
         lambda: certify_anytime(votes(), Gaussian(0.5), ["a"], 100, 0.001),
@@ -356,6 +362,10 @@ BAD = {
     "images of another size": (
         lambda: live(torch.zeros(1, 1, 16, 16)),
         ["model does not run", "[4, 1, 16, 16]", "mat1"],
+    ),
+    "an ensemble quantised": (
+        lambda: quantize(Ensemble([network()]), X, Gaussian(0.5)),
+        ["model is an Ensemble", "each of its members"],
     ),
     "argument unknown": (
         lambda: live(blok=3),
