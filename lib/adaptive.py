@@ -87,10 +87,10 @@ def _check_radius(radius, noise):
         )
     # Rounded to 1, a probability is reached by no bound.
     if np.all(noise.probability(radii[-1]) >= 1):
-        most = np.max(noise.radius(np.nextafter(1.0, 0.0)))
+        most = np.floor(1e4 * np.max(noise.radius(np.nextafter(1.0, 0.0)))) / 1e4
         raise ValueError(
             "radius must be one that a probability below 1 certifies, under this noise at most "
-            f"{most:.4g}; got {radii[-1]:g}"
+            f"{most:g}; got {radii[-1]:g}"
         )
     return radii
 

@@ -132,7 +132,7 @@ class BaseClassifier:
     ):
         if not isinstance(model, nn.Module):
             remedy = (
-                f"load it: lib.zoo.model({model!r})"
+                f"load it: lib.zoo.model({model!r}), of a file lib.models.load_checkpoint(path)[0]"
                 if isinstance(model, str)
                 else "wrap it in a module whose forward returns logits [B, classes]"
             )
