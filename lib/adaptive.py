@@ -381,6 +381,16 @@ def _follow_pair(counts, tests, alive, chosen):
 # ------------------------------------------------------------------ the largest radius
 
 
+def check_looks(n, looks):
+    """The draws of the last look, and how many looks at them: two numbers, looks at most n."""
+    n, looks = check_draws(n=n, looks=looks)
+    if np.ndim(n):
+        raise ValueError(f"n must be one whole number, the draws of the last look; got {n!r}")
+    if np.ndim(looks) or looks > max(n, LOOKS):
+        raise ValueError(f"looks must be one whole number, at most n = {n}; got {looks}")
+    return n, looks
+
+
 def staircase(n, alpha, price=0.3, looks=LOOKS, aim="acr"):
     """The looks and gates of `certify_staircase`: int64 [m] and int64 [m - 1].
 
@@ -394,11 +404,7 @@ def staircase(n, alpha, price=0.3, looks=LOOKS, aim="acr"):
       as .4 + .15 Phi^-1(k / n_j), at most 1. This line fits a ResNet-110 on CIFAR-10 (twelve
       published logs pooled: .38 near p = 1/2, .57 at .83, .77 at .985, .96 near 1).
     """
-    n, looks = check_draws(n=n, looks=looks)
-    if np.ndim(n):
-        raise ValueError(f"n must be one whole number, the draws of the last look; got {n!r}")
-    if np.ndim(looks) or looks > max(n, LOOKS):
-        raise ValueError(f"looks must be one whole number, at most n = {n}; got {looks}")
+    n, looks = check_looks(n, looks)
     alpha = check_level(alpha=alpha)
     check_choice(AIMS, aim=aim)
     if not np.isscalar(price) or not 0 <= price < np.inf:
