@@ -15,8 +15,9 @@ from scipy.special import ndtr, ndtri
 from lib.boundaries import bonferroni, crossing, design, stopped
 from lib.bounds import clopper_pearson_lower
 from lib.certify import ABSTAIN, Certificates, choose_class, votes_for
-from lib.checks import check_choice, check_draws, check_level, check_noise
+from lib.checks import check_choice, check_draws, check_level, check_noise, check_numbers
 
+LOOKS = 40  # of the staircase; with fewer draws than that, at each of them
 AIMS = ("acr", "radius")  # of the staircase: the mean radius of right images, or of all
 
 
@@ -77,12 +78,19 @@ def _nulls(noise, radii, size):
     return np.stack([np.broadcast_to(noise.probability(r), size) for r in radii])
 
 
-def _check_radius(radius):
-    radii = np.atleast_1d(np.asarray(radius, dtype=np.float64))
+def _check_radius(radius, noise):
+    radii = np.atleast_1d(check_numbers(radius, "radius", "iuf"))
     if radii.ndim != 1 or not len(radii) or not (radii >= 0).all() or (np.diff(radii) <= 0).any():
         raise ValueError(
             "radius must be a number >= 0, or several of them rising, in the noise's units "
             f"(Gaussian: l2, pixels in [0, 1]); got {radius!r}"
+        )
+    # Rounded to 1, a probability is reached by no bound.
+    if np.all(noise.probability(radii[-1]) >= 1):
+        most = np.floor(1e4 * np.max(noise.radius(np.nextafter(1.0, 0.0)))) / 1e4
+        raise ValueError(
+            "radius must be one that a probability below 1 certifies, under this noise at most "
+            f"{most:g}; got {radii[-1]:g}"
         )
     return radii
 
@@ -131,7 +139,8 @@ def certify_at(counts, noise, radius, stages, alpha, beta, n0=100, prediction=No
     - alpha: one-sided failure probability per example, in (0, 1).
     - beta: failure probability of an early abstention, in (0, 1).
     - n0: draws that choose the class.
-    - prediction: int [B], classes chosen beforehand, independently of these draws; n0 must be 0.
+    - prediction: int [B], classes chosen beforehand, independently of these draws (of a source of
+      another seed); n0 must be 0.
 
     Returns Certificates of B examples; `stage_shares` counts who left at which stage. Raises
     ValueError naming radius, stages, alpha, beta, n0, prediction or noise.
@@ -141,12 +150,13 @@ def certify_at(counts, noise, radius, stages, alpha, beta, n0=100, prediction=No
     check_noise(counts, noise)
     if np.ndim(radius):
         raise ValueError(f"radius must be one number; got {radius!r}. A grid: certify_anytime")
+    radii = _check_radius(radius, noise)
     chosen = choose_class(counts, n0, prediction)
 
     def tests_of(kind):
         return [bonferroni(kind[0], stages, alpha, beta)]
 
-    return _at_radii(counts, noise, _check_radius(radius), tests_of, chosen, n0)
+    return _at_radii(counts, noise, radii, tests_of, chosen, n0)
 
 
 def _check_stages(stages):
@@ -216,7 +226,7 @@ def certify_anytime(counts, noise, radius, n, alpha, beta=None, runner_up=False,
     """
     n, alpha = check_draws(n=n), check_level(alpha=alpha)
     check_noise(counts, noise)
-    radii = _check_radius(radius)
+    radii = _check_radius(radius, noise)
     if runner_up:
         if len(radii) > 1 or beta is not None:
             raise ValueError("runner_up takes one radius, and no beta")
@@ -371,7 +381,17 @@ def _follow_pair(counts, tests, alive, chosen):
 # ------------------------------------------------------------------ the largest radius
 
 
-def staircase(n, alpha, price=0.3, looks=40, aim="acr"):
+def check_looks(n, looks):
+    """The draws of the last look, and how many looks at them: two numbers, looks at most n."""
+    n, looks = check_draws(n=n, looks=looks)
+    if np.ndim(n):
+        raise ValueError(f"n must be one whole number, the draws of the last look; got {n!r}")
+    if np.ndim(looks) or looks > max(n, LOOKS):
+        raise ValueError(f"looks must be one whole number, at most n = {n}; got {looks}")
+    return n, looks
+
+
+def staircase(n, alpha, price=0.3, looks=LOOKS, aim="acr"):
     """The looks and gates of `certify_staircase`: int64 [m] and int64 [m - 1].
 
     Looks: geometric from n / 200 to n. Gate j is the smallest count k from which it pays to go on:
@@ -384,9 +404,7 @@ def staircase(n, alpha, price=0.3, looks=40, aim="acr"):
       as .4 + .15 Phi^-1(k / n_j), at most 1. This line fits a ResNet-110 on CIFAR-10 (twelve
       published logs pooled: .38 near p = 1/2, .57 at .83, .77 at .985, .96 near 1).
     """
-    n, looks = check_draws(n=n, looks=looks)
-    if np.ndim(n):
-        raise ValueError(f"n must be one whole number, the draws of the last look; got {n!r}")
+    n, looks = check_looks(n, looks)
     alpha = check_level(alpha=alpha)
     check_choice(AIMS, aim=aim)
     if not np.isscalar(price) or not 0 <= price < np.inf:
@@ -412,7 +430,9 @@ def staircase(n, alpha, price=0.3, looks=40, aim="acr"):
     return sizes, gates
 
 
-def certify_staircase(counts, noise, n0, n, alpha, price=0.3, looks=40, aim="acr", prediction=None):
+def certify_staircase(
+    counts, noise, n0, n, alpha, price=0.3, looks=LOOKS, aim="acr", prediction=None
+):
     """The largest radius, with few draws where more would hardly raise it: looks with gates.
 
     n0 draws choose the class; looks n_1 < ... < n_m = n and a gate for each but the last are fixed
@@ -435,11 +455,12 @@ def certify_staircase(counts, noise, n0, n, alpha, price=0.3, looks=40, aim="acr
     - n0: draws that choose the class. n: draws of the last look.
     - alpha: one-sided failure probability per example, in (0, 1).
     - price: price of n draws in units of radius / sigma: a larger one saves draws and loses radius.
-    - looks: how many. Images that are always hit all stop at one look, so that few looks leave few
-      choices of their draws: 12 looks take up to 4% more draws than 40 at equal ACR.
+    - looks: how many, at most n. Images that are always hit all stop at one look, so that few looks
+      leave few choices of their draws: 12 looks take up to 4% more draws than 40 at equal ACR.
     - aim: "acr" or "radius", what the gates save draws for (`staircase`). Price, looks and aim
       never touch the guarantee.
-    - prediction: int [B], classes chosen beforehand, independently of these draws; n0 must be 0.
+    - prediction: int [B], classes chosen beforehand, independently of these draws (of a source of
+      another seed); n0 must be 0.
 
     Returns Certificates of B examples. Raises ValueError naming the argument.
     """

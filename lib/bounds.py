@@ -3,11 +3,11 @@
 import numpy as np
 from scipy.special import betainc, betaincinv
 
-from lib.checks import MOST_DRAWS, check_level
+from lib.checks import MOST_DRAWS, check_level, check_numbers
 
 
 def _check_counts(k, n):
-    k, n = np.broadcast_arrays(np.asarray(k, dtype=np.float64), np.asarray(n, dtype=np.float64))
+    k, n = np.broadcast_arrays(check_numbers(k, "k"), check_numbers(n, "n"))
     good = np.isfinite(n) & (n >= 1)
     if not good.all():
         raise ValueError(f"n must be at least 1 draw everywhere, and finite; got {n[~good][0]}")
@@ -105,9 +105,7 @@ def top_class_pvalue(n_a, n_b):
 
     Returns float64 in (0, 1]; 1 without any votes. Raises ValueError naming n_a and n_b.
     """
-    n_a, n_b = np.broadcast_arrays(
-        np.asarray(n_a, dtype=np.float64), np.asarray(n_b, dtype=np.float64)
-    )
+    n_a, n_b = np.broadcast_arrays(check_numbers(n_a, "n_a"), check_numbers(n_b, "n_b"))
     good = (n_a >= n_b) & (n_b >= 0) & np.isfinite(n_a)
     if not good.all():
         raise ValueError(
@@ -125,8 +123,8 @@ def certified_accuracy_lower(y, m, alpha, rho):
     Guarantee: with probability >= 1 - rho over CERTIFY's draws, the certified accuracy of the
     smoothed classifier on the m examples is at least this, pointwise in the radius.
 
-    - y: number of examples that were certified correctly, 0 .. m; may be an array.
-    - m: number of examples.
+    - y: number of examples that were certified correctly, a whole number 0 .. m; may be an array.
+    - m: number of examples, a whole number.
     - alpha: failure probability of each certificate, at most 1/2.
     - rho: failure probability of this bound, in (0, 1).
 
@@ -144,10 +142,10 @@ def certified_accuracy_lower(y, m, alpha, rho):
 
 
 def _check_examples(y, m):
-    y, m = np.asarray(y, dtype=np.float64), np.asarray(m, dtype=np.float64)
-    if not ((m >= 1) & (y >= 0) & (y <= m)).all():
+    y, m = check_numbers(y, "y"), check_numbers(m, "m")
+    if not ((m >= 1) & (y >= 0) & (y <= m)).all() or (y % 1).any() or (m % 1).any():
         raise ValueError(
-            "y must be the number of correctly certified examples among m: 0 <= y <= m, m >= 1; "
-            f"got y = {y}, m = {m}"
+            "y must be the number of correctly certified examples among m: whole numbers, "
+            f"0 <= y <= m, m >= 1 (of a share: np.round(share * m)); got y = {y}, m = {m}"
         )
     return y, m

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from lib.bounds import clopper_pearson_lower, clopper_pearson_upper, top_class_pvalue
-from lib.checks import check_draws, check_labels, check_level, check_noise
+from lib.checks import check_draws, check_labels, check_level, check_noise, check_one_readout
 
 ABSTAIN = -1
 
@@ -20,12 +20,27 @@ class Certificates:
       is open.
     - p_lower: float64 [B], the bound behind the radius.
     - n: int64 [B], draws used, selection draws included.
+
+    Labels are often a torch tensor, which does not compare with these arrays: `frame(labels)` takes
+    either. Raises ValueError naming what differs in shape, or a radius or class below the least.
     """
 
     prediction: np.ndarray
     radius: np.ndarray
     p_lower: np.ndarray
     n: np.ndarray
+
+    def __post_init__(self):
+        shapes = {name: np.shape(value) for name, value in vars(self).items()}
+        if len(set(shapes.values())) > 1:
+            shown = ", ".join(f"{name} {shape}" for name, shape in shapes.items())
+            raise ValueError(f"prediction, radius, p_lower and n must have one shape; got {shown}")
+        if not np.greater_equal(self.radius, 0).all():
+            raise ValueError(f"radius must be >= 0, 0.0 where abstained; got {np.min(self.radius)}")
+        if np.less(self.prediction, ABSTAIN).any():
+            raise ValueError(
+                f"prediction must be a class >= 0, or ABSTAIN (-1); got {np.min(self.prediction)}"
+            )
 
     def __len__(self):
         return len(self.prediction)
@@ -50,7 +65,11 @@ class Certificates:
         )
 
     def frame(self, labels=None):
-        """A DataFrame, one row per example; with labels also `label` and `correct`."""
+        """A DataFrame, one row per example; with labels also `label` and `correct`.
+
+        - labels: whole numbers [B], as an array or a tensor. `frame(y).correct.mean()` is the
+          share of examples that are right.
+        """
         fields = dataclasses.fields(self)
         table = pd.DataFrame({field.name: getattr(self, field.name) for field in fields})
         if labels is not None:
@@ -69,9 +88,10 @@ def predict(counts, n, alpha):
     - counts: source of votes for B examples; n draws of each are taken.
     - alpha: failure probability per example, in (0, 1).
 
-    Returns int64 [B]. Raises ValueError naming n or alpha.
+    Returns int64 [B]. Raises ValueError naming counts, n or alpha.
     """
     n, alpha = check_draws(n=n), check_level(alpha=alpha)
+    check_one_readout(counts)
     votes = counts.draw(n)
     ordered = np.sort(votes, axis=1)
     several = votes.shape[1] > 1
@@ -97,12 +117,15 @@ def certify(counts, noise, n0, n, alpha, prediction=None):
       [0, 1]). It must be the one that the counts were drawn under, where they know it. A sigma
       chosen for each image is held fixed over the image's ball: each certificate then speaks of
       the classifier smoothed with that sigma.
-    - n0: draws that choose the class. n: fresh draws for the bound.
+    - n0: draws that choose the class. n: fresh draws for the bound. Each one number, or int [B],
+      one per example.
     - alpha: one-sided failure probability per example, in (0, 1).
-    - prediction: int [B], classes chosen beforehand, independently of these draws (a published
-      log's). n0 must then be 0.
+    - prediction: int [B], classes chosen beforehand, independently of these draws: a published
+      log's, or those of a source of another seed (with the same seed they are the same draws). n0
+      must then be 0.
 
-    Returns Certificates of B examples. Raises ValueError naming noise, n0, n, alpha or prediction.
+    Returns Certificates of B examples. Raises ValueError naming counts, noise, n0, n, alpha or
+    prediction.
     """
     n, alpha = check_draws(n=n), check_level(alpha=alpha)
     check_noise(counts, noise)
@@ -186,7 +209,14 @@ def certify_partition(counts, noise, n0, n, alpha, merge=True):
     selection draws, and each other class is at most as likely as its group.
     For comparison: `certify_margin` pays for no union.
 
-    Arguments, return value and errors are those of `certify_margin`.
+    - counts: source of votes for B examples; n0 + n draws of each are taken.
+    - noise: smoothing distribution with a `radius_two`; its norm and units are the radius's.
+    - n0: draws that choose the class and the groups. n: fresh draws for all bounds.
+    - alpha: one-sided failure probability per example, in (0, 1).
+    - merge: whether rare classes share a group; False: every class is one.
+
+    Returns Certificates of B examples; p_lower is the lower bound of A, which may lie below 1/2.
+    Raises ValueError naming counts, noise, n0, n or alpha.
     """
     (n0, n), alpha = check_draws(n0=n0, n=n), check_level(alpha=alpha)
     _check_two(counts, noise)

@@ -12,11 +12,23 @@ import numpy as np
 import torch
 
 MOST_DRAWS = 10**10  # up to here lib.bounds is checked against 40-digit arithmetic
+SLIGHT = 0.05  # pixels this far outside [0, 1] are rounding or a perturbation, no other scale
 MOST_SHOWN = 20  # choices that an error lists, beyond them the nearest
 
 
 def _one_or_all(values):
     return values[0] if len(values) == 1 else values
+
+
+def check_numbers(value, name, kinds="iufb"):
+    """Real numbers as a float64 array; text, None and (without "b" in kinds) truth are refused."""
+    try:
+        array = np.asarray(value)
+        if array.dtype.kind not in kinds + "O":
+            raise TypeError
+        return array.astype(np.float64, copy=False)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be a number, or an array of them; got {value!r}") from error
 
 
 def check_level(**levels):
@@ -26,7 +38,8 @@ def check_level(**levels):
     """
     for name, value in levels.items():
         if not isinstance(value, numbers.Real) or not 0 < value < 1 or not 0 < float(value) < 1:
-            raise ValueError(f"{name} must be a number in (0, 1), such as 0.001; got {value!r}")
+            example = 0.5 if name == "share" else 0.001
+            raise ValueError(f"{name} must be a number in (0, 1), such as {example}; got {value!r}")
     return _one_or_all([float(value) for value in levels.values()])
 
 
@@ -51,9 +64,11 @@ def check_draws(**draws):
     checked = []
     for name, value in draws.items():
         array = np.asarray(value)
+        if array.size == 0:
+            raise ValueError(f"{name} must hold at least one whole number; got {value!r}")
         if array.dtype.kind not in "iu":
             raise ValueError(f"{name} must be a whole number (int); got {value!r}")
-        if array.size == 0 or array.min() < 1:
+        if array.min() < 1:
             raise ValueError(f"{name} must be at least 1; got {value!r}")
         if array.max() > MOST_DRAWS:
             raise ValueError(f"{name} must be at most {MOST_DRAWS:.0e}; got {value!r}")
@@ -71,27 +86,24 @@ def check_seed(seed):
         raise ValueError(f"seed must be a whole number in [0, 2^32); got {seed!r}")
 
 
-def check_sigma(sigma):
+def check_sigma(sigma, name="sigma"):
     """A noise level: finite and > 0, a scalar or one value per example.
+
+    - name: of the argument.
 
     Returns it as float or float64 array [B].
     """
-    try:
-        array = np.asarray(sigma, dtype=np.float64)
-    except (TypeError, ValueError) as error:
-        raise ValueError(
-            f"sigma must be a number or one number per example; got {sigma!r}"
-        ) from error
+    array = check_numbers(sigma, name)
     if array.ndim > 1 or array.size == 0 or not np.isfinite(array).all() or (array <= 0).any():
         raise ValueError(
-            f"sigma must be finite and > 0, a scalar or one value per example; got {sigma!r}"
+            f"{name} must be finite and > 0, a scalar or one value per example; got {sigma!r}"
         )
     return float(array) if array.ndim == 0 else array
 
 
 def check_probability(p, name):
     """Class probabilities in [0, 1], as a float64 array."""
-    array = np.asarray(p, dtype=np.float64)
+    array = check_numbers(p, name)
     if not ((array >= 0) & (array <= 1)).all():
         raise ValueError(f"{name} must lie in [0, 1] and not be NaN; got {p!r}")
     return array
@@ -99,7 +111,7 @@ def check_probability(p, name):
 
 def check_radius(radius):
     """Radii >= 0 as float64."""
-    radius = np.asarray(radius, dtype=np.float64)
+    radius = check_numbers(radius, "radius", "iuf")
     if not (radius >= 0).all():
         raise ValueError(f"radius must be >= 0, in units of pixels in [0, 1]; got {radius!r}")
     return radius
@@ -123,10 +135,19 @@ def check_images(x, bounded=True):
         raise ValueError(
             f"x must be float32 with pixels in [0, 1] (from uint8: x.float() / 255); got {x.dtype}"
         )
-    low, high = float(x.min()), float(x.max())
-    if not bounded and not math.isfinite(low + high):
-        raise ValueError(f"x must have finite pixels; got values from {low:.4g} to {high:.4g}")
-    if bounded and not (low >= 0 and high <= 1):
+    low, high = (float(end) for end in x.detach().aminmax())
+    if not math.isfinite(low + high):
+        what = "NaN" if math.isnan(low + high) else "infinite values"
+        raise ValueError(
+            f"x must have finite pixels; it holds {what}: look at how the images were read or made"
+        )
+    excess = max(-low, high - 1)
+    if bounded and 0 < excess <= SLIGHT:
+        raise ValueError(
+            f"x must have pixels in [0, 1]; some lie outside by up to {excess:.3g}. Rounding: pass "
+            "x.clamp(0, 1). A perturbed image may lie outside: ModelCounts(..., bounded=False)"
+        )
+    if bounded and excess > SLIGHT:
         raise ValueError(
             f"x must have pixels in [0, 1]; got values from {low:.4g} to {high:.4g}. Radii are in "
             "units of pixels in [0, 1]: divide by 255, and put the normalisation inside the model "
@@ -207,11 +228,22 @@ def check_counts(counts, below=None, readouts=False):
     return counts
 
 
+def check_one_readout(counts):
+    """A source of votes [B, C]: of several readouts, [R, B, C], each is certified by its view."""
+    names = getattr(counts, "names", ())
+    if names and np.ndim(getattr(counts, "votes", None)) == 3:
+        raise ValueError(
+            f"counts hold {len(names)} readouts ({', '.join(names)}): pass one of them, "
+            f"counts.view({names[0]!r})"
+        )
+
+
 def check_noise(counts, noise):
     """The noise of a certificate is the one that its votes were drawn under.
 
     - counts: a source of votes; its attribute `noise`, where it has one, is that of its votes.
     """
+    check_one_readout(counts)
     own = getattr(counts, "noise", None)
     if own is not None and own != noise:
         raise ValueError(

@@ -41,7 +41,9 @@ class RecordedCounts:
     - index: int [B], of each example in its data set (default the record's, or 0..B-1).
     - fixed: the number of draws of each example was fixed before its votes were known. Only then
       are they exchangeable with a longer run. None: true where all examples have equally many
-      votes, and where a record does not say that an adaptive sampler left it.
+      votes, and where a record does not say that an adaptive sampler left it; one that says so is
+      refused in any case. Rows of a plain array that were picked by their number of draws are
+      picked by what was counted: an adaptive sampler stopped all of them at that number.
 
     `remaining` holds the votes that are not drawn yet. Raises ValueError on a bad shape, where an
     adaptive sampler left the record, where the record does not say its noise, and where it is
@@ -49,7 +51,7 @@ class RecordedCounts:
     """
 
     def __init__(self, counts, seed=0, index=None, fixed=None):
-        self.noise, promised = None, True
+        self.noise, promised, remedy = None, True, ", or pass fixed=True where they were fixed"
         if isinstance(counts, Record):
             if counts.readouts:
                 raise ValueError(
@@ -58,6 +60,8 @@ class RecordedCounts:
                 )
             index = counts.index if index is None else index
             self.noise, promised = _noise_of(counts.header), _is_fixed(counts.header)
+            # What the record itself says is not overruled.
+            fixed, remedy = fixed if promised else False, remedy if promised else ""
             counts = counts.counts
         self.remaining = counts = check_counts(counts, below=10**9)
         if fixed is None:
@@ -67,7 +71,7 @@ class RecordedCounts:
             raise ValueError(
                 "counts must be those of a run whose draws were fixed beforehand: an adaptive "
                 "sampler stopped these after seeing them, and a replay would not keep its alpha. "
-                "Record anew with --sampler record, or pass fixed=True where they were fixed"
+                f"Record anew with --sampler record{remedy}"
             )
         self.classes = counts.shape[1]
         check_seed(seed)

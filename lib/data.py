@@ -74,7 +74,11 @@ DOWNLOADS = {
 
 
 def load(name, split, root=None, path=None):
-    """A data set: (images float32 [N, channels, height, width] in [0, 1], labels int64 [N]).
+    """A data set as two torch tensors: (images, labels).
+
+    Images are float32 [N, channels, height, width] in [0, 1], labels int64 [N]. Certificates hold
+    numpy arrays, with which a tensor does not compare: `certificates.frame(labels).correct.mean()`
+    is the share that is right.
 
     - name: "digits" (1,797 grey 8x8 images that ship inside scikit-learn, split once and for all:
       1,437 train, 360 test), "mnist", "fashion", "cifar10", or "imagenet" (shorter side to 256,

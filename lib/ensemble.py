@@ -106,7 +106,8 @@ class Ensemble(nn.Module):
     Its class is that of the engine's readout of the same vote, draw for draw. All members are
     evaluated, also with a consensus: the saving of evaluations is the engine's.
 
-    - models: networks of the same classes, any architectures, normalisation inside each.
+    - models: networks of the same classes, any architectures, normalisation inside each: a list, a
+      tuple or an nn.ModuleList.
     - vote: "soft", "hard" (no gradients), "softmax" or "weighted" (see `combine`).
     - weights: for "weighted", one number >= 0 for each network; scaled to sum 1.
     - consensus: K of K-consensus, or None. The order of `models` is that of asking.
@@ -116,9 +117,14 @@ class Ensemble(nn.Module):
 
     def __init__(self, models, vote="soft", weights=None, consensus=None):
         super().__init__()
-        models = list(models)
+        # The layers of one nn.Sequential are modules, too.
+        alone = isinstance(models, nn.Module) and not isinstance(models, nn.ModuleList)
+        models = [] if alone else list(models)
         if not models or not all(isinstance(model, nn.Module) for model in models):
-            raise ValueError("models must be one torch.nn.Module or more, in a list")
+            raise ValueError(
+                "models must be one torch.nn.Module or more, in a list or an nn.ModuleList (one "
+                "network: [model])"
+            )
         check_choice(VOTES, vote=vote)
         if (weights is not None) != (vote == "weighted"):
             raise ValueError('weights must be given for vote="weighted", and only there')

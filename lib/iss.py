@@ -19,6 +19,7 @@ from lib.checks import (
     check_labels,
     check_level,
     check_noise,
+    check_numbers,
     check_probability,
 )
 
@@ -41,7 +42,7 @@ def decline(k, n_max, p, noise, alpha, kind="absolute"):
     """
     alpha, n_max = check_level(alpha=alpha), check_draws(n_max=n_max)
     check_choice(KINDS, kind=kind)
-    k = np.asarray(k, dtype=np.float64)
+    k = check_numbers(k, "k")
     k, n_max, p = np.broadcast_arrays(k, n_max, check_probability(p, "p"))
     if not ((k >= 0) & (k <= n_max)).all():
         raise ValueError("k must satisfy 0 <= k <= n_max everywhere: the draws taken of n_max")
@@ -212,14 +213,17 @@ def certify_iss(counts, noise, n0, n_max, sizes, alpha, reuse=False, prediction=
         class given independently 1.00 and 1.04. The decline limits the radius lost, not failures.
 
     - counts: source of votes for B examples.
+    - noise: smoothing distribution that they were drawn under; its norm and units are the radius's.
     - n0: draws of the first stage, 1 .. n_max.
+    - n_max: draws of the standard to keep up with; at most so many for the bound.
     - sizes: the SampleSizeMap; its n_max, noise and alpha must be those given here.
     - alpha: one-sided failure probability per example, in (0, 1/2].
-    - prediction: int [B], classes chosen beforehand, independently of these draws; the first n0
-      draws then only give the interval.
+    - reuse: whether the first n0 draws count again (see above).
+    - prediction: int [B], classes chosen beforehand, independently of these draws (of a source of
+      another seed); the first n0 draws then only give the interval.
 
-    Returns Certificates of B examples, never NaN. Raises ValueError naming n0, n_max, noise, alpha,
-    reuse or prediction.
+    Returns Certificates of B examples, never NaN. Raises ValueError naming counts, n0, n_max,
+    noise, alpha, reuse or prediction.
     """
     n0, n_max = check_draws(n0=n0, n_max=n_max)
     alpha = check_level(alpha=alpha)

@@ -38,6 +38,10 @@ class CertificateMemory:
     remembered point lies in a ball of another class. Radii are rounded down, never up. Takes the
     bytes of each point and about 300 more.
 
+    `add` and `add_all` remember answers and return them adjusted, `query` asks without adding,
+    `save` writes the memory to a folder and `CertificateMemory.load` reads it; `predictions` and
+    `radii` are what is remembered.
+
     - norm: "l2" or "l1", of the radii, in pixels.
 
     Raises ValueError naming norm.

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 
 from lib.certify import certify
-from lib.checks import check_labels
+from lib.checks import check_labels, check_numbers
 from lib.iss import certify_iss, decline
 
 
@@ -12,12 +12,19 @@ def average_certified_radius(certificates, labels):
     """ACR: the mean radius, counted 0 where abstained or wrong; in the noise's units.
 
     Zhai et al. 2020; Chen et al. 2022, equation 7.
+
+    - certificates: Certificates of B >= 1 examples. labels: int [B].
+
+    Raises ValueError naming labels.
     """
     return float(np.mean(right_radius(certificates, labels)))
 
 
 def right_radius(certificates, labels):
-    """The radius of each example, 0 where abstained or wrong: float64 [B], in the noise's units."""
+    """The radius of each example, 0 where abstained or wrong: float64 [B], in the noise's units.
+
+    Arguments and errors as of `average_certified_radius`.
+    """
     labels = check_labels(labels, len(certificates))
     return np.where(certificates.prediction == labels, certificates.radius, 0.0)
 
@@ -54,7 +61,7 @@ def certified_accuracy(certificates, labels, radii):
     Returns float64 of the shape of radii. Raises ValueError naming labels or radii.
     """
     labels = check_labels(labels, len(certificates))
-    radii = np.asarray(radii, dtype=np.float64)
+    radii = check_numbers(radii, "radii", "iuf")
     if not (radii >= 0).all():
         raise ValueError(f"radii must be >= 0, in the units of the certificates; got {radii!r}")
     right = np.where(certificates.prediction == labels, certificates.radius, -1.0)
@@ -75,7 +82,10 @@ def curve(certificates, labels, radii):
 
 
 def abstention(certificates):
-    """The fraction of examples on which the sampler abstained."""
+    """The fraction of examples on which the sampler abstained, in [0, 1].
+
+    - certificates: Certificates of B >= 1 examples.
+    """
     return float(np.mean(certificates.prediction < 0))
 
 
@@ -102,12 +112,21 @@ def max_absolute_decline(before, after):
 
 
 def average_sample_size(certificates):
-    """The mean number of draws per example, selection draws included."""
+    """The mean number of draws per example, selection draws included.
+
+    - certificates: Certificates of B >= 1 examples.
+    """
     return float(np.mean(certificates.n))
 
 
 def speed_up(certificates, n):
-    """How many times fewer draws these certificates took than n (> 0) of every example."""
+    """How many times fewer draws these certificates took than n of every example.
+
+    - certificates: Certificates of B >= 1 examples, with at least one draw among them.
+    - n: draws of the standard certification, > 0, selection draws included.
+
+    Raises ValueError naming n.
+    """
     if not n > 0:
         raise ValueError(
             f"n must be a number of draws > 0, of the standard certification; got {n!r}"

@@ -171,6 +171,9 @@ class Gaussian(Noise):
         - p_a: lower bound of the top class's probability, in [0, 1].
         - p_b: upper bound of every other class's, in [0, 1].
 
+        Bounds of two classes may sum to more than 1, which probabilities do not; the radius is
+        then less than `radius(p_a)`, which holds as well: pass min(p_b, 1 - p_a).
+
         Cohen et al. 2019, theorem 1. With p_b = 1 - p_a it is `radius`.
         """
         p_a, p_b = check_probability(p_a, "p_a"), check_probability(p_b, "p_b")
@@ -193,14 +196,14 @@ class Uniform(Noise):
 
     - half: lambda of the paper, half the cube's edge, in pixels in [0, 1]: a scalar, or [B].
 
-    Raises ValueError naming sigma, the level.
+    Raises ValueError naming half.
     """
 
     half: float | np.ndarray
     norm = "l1"
 
     def __post_init__(self):
-        object.__setattr__(self, "half", check_sigma(self.half))
+        object.__setattr__(self, "half", check_sigma(self.half, "half"))
 
     @property
     def level(self):

@@ -20,9 +20,11 @@ from scipy.stats import binom
 
 from lib.adaptive import (
     AIMS,
+    LOOKS,
     certify_anytime,
     certify_at,
     certify_staircase,
+    check_looks,
     failure_staircase,
     staircase,
 )
@@ -289,12 +291,12 @@ class Staircase(TwoStage):
     """The largest radius, with few draws where more would hardly raise it (certify_staircase)."""
 
     price: float = option(0.3, "Of n draws, in radius / sigma: saves draws, costs radius.")
-    looks: int = option(40, "Looks at the votes.")
+    looks: int = option(LOOKS, "Looks at the votes, at most n.")
     aim: str = option("acr", "Save draws for the radius of right images, or of all.", AIMS)
 
     def __post_init__(self):
         super().__post_init__()
-        check_draws(looks=self.looks)
+        check_looks(self.n, self.looks)
 
     shape = property(lambda self: (self.price, self.looks, self.aim))
 

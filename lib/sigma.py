@@ -170,9 +170,10 @@ def optimize_sigma(
     Returns float64 [B] (and the path). Raises ValueError naming the argument, and where logits are
     not finite.
     """
-    if steps != 0:
-        check_draws(steps=steps)
+    if isinstance(steps, bool) or not isinstance(steps, int | np.integer) or steps < 0:
+        raise ValueError(f"steps must be a whole number >= 0 (0: no search); got {steps!r}")
     check_draws(n=n)
+    check_choice((None, True, False), progress=progress)
     if not 0 < lr < np.inf:
         raise ValueError(f"lr must be a step size > 0, such as 1e-4; got {lr!r}")
     search = _Search(model, x, sigma0, n, objective or Objective(), index, seed)
@@ -249,7 +250,7 @@ class _Search:
                 "Search with one of these, and certify in int8"
             )
         self.x, self.objective, self.seed = x.detach(), objective, seed
-        self.scale0 = np.broadcast_to(check_sigma(sigma0), len(x)).astype(np.float64)
+        self.scale0 = np.broadcast_to(check_sigma(sigma0, "sigma0"), len(x)).astype(np.float64)
         low, high = objective.bounds
         if self.scale0.min() < low or self.scale0.max() > high:
             raise ValueError(

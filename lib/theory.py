@@ -26,7 +26,8 @@ def cohen_radius(p_a, p_b, sigma):
     Cohen et al. 2019, theorems 1 and 2. The arguments broadcast.
 
     - p_a: lower bound of the top class's probability.
-    - p_b: upper bound of every other class's probability; p_a + p_b <= 1.
+    - p_b: upper bound of every other class's probability. p_a + p_b <= 1: where two bounds sum to
+      more, pass min(p_b, 1 - p_a), which bounds it as well (`Gaussian.radius_two` takes any).
     - sigma: noise level, in units of pixels in [0, 1].
 
     Returns float64 radii, 0 where p_a <= p_b. Raises ValueError naming the argument.

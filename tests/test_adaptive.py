@@ -485,6 +485,9 @@ def test_bad_arguments_are_named():
         certify_staircase(counts, NOISE, 10, 1000, ALPHA, price=-1)
     with pytest.raises(ValueError, match="aim must be"):
         certify_staircase(counts, NOISE, 10, 1000, ALPHA, aim="accuracy")
+    with pytest.raises(ValueError, match=r"looks must be .* at most n = 1000; got 1001"):
+        certify_staircase(counts, NOISE, 10, 1000, ALPHA, looks=1001)
+    assert len(certify_staircase(counts, NOISE, 10, 20, ALPHA)) == 1
     with pytest.raises(ValueError, match="s must be"):
         last_stage_size(1000, ALPHA, 0)
 

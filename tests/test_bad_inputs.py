@@ -12,15 +12,19 @@ import pytest
 import torch
 
 from lib import bounds, metrics
-from lib.certify import Certificates, certify, predict
+from lib.adaptive import certify_anytime, certify_at
+from lib.certify import Certificates, certify, certify_margin, predict
 from lib.counts import RecordedCounts, SimulatedCounts, counts_from_log
 from lib.data import load
 from lib.engine.classifier import BaseClassifier
+from lib.engine.int8 import quantize
 from lib.engine.live import ModelCounts
+from lib.ensemble import Ensemble
 from lib.iss import certify_iss, failure_rate, sample_size_map
 from lib.losses import GaussianLoss
 from lib.models import build
-from lib.noise import Gaussian
+from lib.noise import Gaussian, Uniform
+from lib.sigma import optimize_sigma
 from lib.store.records import Record, save_counts
 from lib.theory import cohen_radius, lecuyer_radius, li_radius
 from lib.train import Schedule, fit
@@ -47,6 +51,10 @@ def live(x=X, noise=None, model=None, **settings):
     return ModelCounts(
         network() if model is None else model, x, noise or Gaussian(0.5), **engine | settings
     )
+
+
+def convolution():
+    return torch.nn.Sequential(torch.nn.Conv2d(1, 3, 8), torch.nn.Flatten())
 
 
 def mixing():
@@ -166,6 +174,10 @@ BAD = {
         lambda: bounds.clopper_pearson_lower([3, 7], 5, 0.001),
         ["k must", "k = 7.0, n = 5.0"],
     ),
+    "k text": (
+        lambda: bounds.clopper_pearson_lower("a", 5, 0.001),
+        ["k must be a number", "'a'"],
+    ),
     "k negative": (lambda: bounds.clopper_pearson_upper(-1, 5, 0.001), ["k must", "0 <= k <= n"]),
     "k NaN": (lambda: bounds.clopper_pearson_lower(math.nan, 5, 0.001), ["k must", "nan"]),
     "n_a below n_b": (
@@ -177,6 +189,10 @@ BAD = {
     "y above m": (
         lambda: bounds.certified_accuracy_lower(11, 10, 0.001, 0.001),
         ["y must", "0 <= y <= m", "y = 11.0, m = 10.0"],
+    ),
+    "y a share": (
+        lambda: bounds.certified_accuracy_lower(0.8, 5, 0.001, 0.001),
+        ["y must", "whole numbers", "np.round(share * m)", "y = 0.8"],
     ),
     "m 0": (lambda: bounds.certified_accuracy_lower(0, 0, 0.001, 0.001), ["m >= 1"]),
     "counts in one row": (lambda: RecordedCounts([1, 2]), ["counts", "[B, C]", "(2,)"]),
@@ -233,6 +249,41 @@ BAD = {
         ["sigma", "2", "3"],
     ),
     "radius negative": (lambda: Gaussian(0.5).probability(-1.0), ["radius", ">= 0", "-1."]),
+    "half negative": (lambda: Uniform(-1), ["half must", "> 0", "-1"]),
+    "sigma0 negative": (lambda: optimize_sigma(network(), X, -1, 1), ["sigma0 must", "> 0", "-1"]),
+    "steps negative": (
+        lambda: optimize_sigma(network(), X, 0.5, -1),
+        ["steps must", ">= 0", "-1"],
+    ),
+    "radius text": (lambda: Gaussian(0.5).probability("a"), ["radius must be a number", "'a'"]),
+    "radius of a grid text": (
+        lambda: certify_anytime(votes(), Gaussian(0.5), ["a"], 100, 0.001),
+        ["radius must be a number", "'a'"],
+    ),
+    "radius true": (
+        lambda: certify_at(votes(), Gaussian(0.5), True, (10, 100), 0.001, 0.001),
+        ["radius must be a number", "True"],
+    ),
+    "radius past every probability": (
+        lambda: certify_at(votes(), Gaussian(0.5), 100, (10, 100), 0.001, 0.001),
+        ["radius must", "a probability below 1", "at most 4.1", "got 100"],
+    ),
+    "radius past every probability, anytime": (
+        lambda: certify_anytime(votes(), Gaussian(0.5), [0.1, 100], 100, 0.001),
+        ["radius must", "a probability below 1", "at most 4.1", "got 100"],
+    ),
+    "stages none": (
+        lambda: certify_at(votes(), Gaussian(0.5), 0.5, (), 0.001, 0.001),
+        ["stages must", "at least one", "()"],
+    ),
+    "share 1": (
+        lambda: certify_margin(votes(), Gaussian(0.5), 10, 100, 0.001, share=1),
+        ["share must", "(0, 1)", "such as 0.5"],
+    ),
+    "radii text": (
+        lambda: metrics.certified_accuracy(certificates(), [0, 1], "a"),
+        ["radii must be a number", "'a'"],
+    ),
     "radius NaN": (lambda: Gaussian(0.5).probability(math.nan), ["radius", "nan"]),
     "radii negative": (
         lambda: metrics.certified_accuracy(certificates(), [0, 1], [0.5, -0.5]),
@@ -282,18 +333,43 @@ BAD = {
     "images in double": (lambda: live(X.double()), ["x must", "float32", "float64"]),
     "images up to 255": (lambda: live(X * 255), ["x must", "[0, 1]", "127.5", "255", "Normalize"]),
     "images below 0": (lambda: live(X - 1), ["x must", "[0, 1]", "-0.5"]),
-    "images with a NaN": (lambda: live(X * math.nan), ["x must", "nan"]),
+    "images with a NaN": (lambda: live(X * math.nan), ["x must", "finite", "holds NaN"]),
+    "images past 1 by rounding": (
+        lambda: live(X + 0.5 + 2.0**-20),
+        ["x must", "outside by up to 9.54e-07", "x.clamp(0, 1)", "bounded=False"],
+    ),
     "images unbounded but infinite": (
         lambda: live(X / 0, bounded=False),
-        ["x must", "finite", "inf"],
+        ["x must", "finite", "infinite values"],
     ),
+    "progress as text": (lambda: live(progress="yes"), ["progress", "None, True, False", "'yes'"]),
     "images of another shape": (
         lambda: live(torch.zeros(1, 1, 4, 4), model=live().base),
         ["x must", "(1, 8, 8)", "(1, 4, 4)"],
     ),
     "model no module": (
         lambda: live(model=lambda x: x),
-        ["model must", "torch.nn.Module", "function"],
+        ["model must", "torch.nn.Module", "function", "forward returns logits"],
+    ),
+    "model by name": (
+        lambda: live(model="digits-cnn-sigma0.50"),
+        ["model must", "got str", "lib.zoo.model('digits-cnn-sigma0.50')"],
+    ),
+    "images with their channels last": (
+        lambda: live(X.permute(0, 2, 3, 1), model=convolution()),
+        ["model does not run", "[4, 8, 8, 1]", "x.permute(0, 3, 1, 2)"],
+    ),
+    "images of another size": (
+        lambda: live(torch.zeros(1, 1, 16, 16)),
+        ["model does not run", "[4, 1, 16, 16]", "mat1"],
+    ),
+    "an ensemble quantised": (
+        lambda: quantize(Ensemble([network()]), X, Gaussian(0.5)),
+        ["model is an Ensemble", "each of its members"],
+    ),
+    "argument unknown": (
+        lambda: live(blok=3),
+        ["argument of ModelCounts must", "'block'", "'blok'"],
     ),
     "model without classes": (
         lambda: live(model=torch.nn.Identity()),

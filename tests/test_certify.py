@@ -1,5 +1,6 @@
 """PREDICT and CERTIFY, against the paper's pseudo-code, by hand, and audited."""
 
+import dataclasses
 from fractions import Fraction
 
 import numpy as np
@@ -134,6 +135,24 @@ def test_a_bound_of_one_half_abstains():
         np.array([3, 3]), np.array([0.5, np.nextafter(0.5, 1)]), Gaussian(1.0), draws=10
     )
     np.testing.assert_array_equal(found.prediction, [ABSTAIN, 3])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"radius": np.array([0.5, -0.5])}, "radius must be >= 0"),
+        ({"radius": np.array([0.5, np.nan])}, "radius must be >= 0"),
+        ({"radius": np.array([0.5])}, r"radius \(1,\), p_lower \(2,\)"),
+        ({"n": np.array(10)}, r"one shape; got .* n \(\)"),
+        ({"prediction": np.array([0, -2])}, "prediction must be a class >= 0"),
+    ],
+)
+def test_certificates_that_are_none_are_refused(wrong, message):
+    """A metric would reckon with them."""
+    found = Certificates.from_bounds(np.array([0, 1]), np.array([0.9, 0.5]), Gaussian(1.0), 10)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(found, **wrong)
+    assert found.select(0).prediction == 0
 
 
 def test_certificates_as_a_table():

@@ -152,6 +152,9 @@ def test_what_an_adaptive_sampler_left_is_not_replayed():
     with pytest.raises(ValueError, match="fixed beforehand"):
         RecordedCounts(dataclasses.replace(equal, header=header | {"fixed_draws": False}))
     RecordedCounts(dataclasses.replace(equal, header=header | {"fixed_draws": True}))
+    for found in (equal, dataclasses.replace(equal, header=header | {"fixed_draws": False})):
+        with pytest.raises(ValueError, match=r"--sampler record$"):
+            RecordedCounts(found, fixed=True)
     with pytest.raises(ValueError, match="fixed beforehand"):
         RecordedCounts([[90, 10], [60, 41]])
     RecordedCounts([[90, 10], [60, 41]], fixed=True)

@@ -3,6 +3,7 @@
 import copy
 import os
 import time
+import warnings
 
 import numpy as np
 import pytest
@@ -765,6 +766,15 @@ def test_images_outside_the_range_on_request():
     counts = ModelCounts(model, x, Gaussian(1.0), bounded=False, **PLAIN).draw(5000)
     for c, p in zip(counts, model.probabilities(x, 1.0), strict=True):
         assert chisquare(c, 5000 * p).pvalue > 1e-4
+
+
+def test_images_that_want_gradients_are_counted_without_a_word():
+    """Those of an attack; torch warns where such a tensor is made a number."""
+    x = images(2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        counts = ModelCounts(steps(), x.clone().requires_grad_(), Gaussian(0.5), **PLAIN).draw(100)
+    np.testing.assert_array_equal(counts, ModelCounts(steps(), x, Gaussian(0.5), **PLAIN).draw(100))
 
 
 def test_grey_images_are_refused_by_a_network_of_three_channels():

@@ -293,6 +293,7 @@ def test_fitted_weights_are_no_worse_than_any_other():
     [
         ({"models": []}, "models"),
         ({"models": [len]}, "models"),
+        ({"models": nn.Sequential(nn.Flatten(), nn.Linear(64, 10))}, "models must .*: .model."),
         ({"vote": "loud"}, "vote"),
         ({"vote": "weighted"}, "weights"),
         ({"weights": [1, 1]}, "weights"),

@@ -62,6 +62,7 @@ def independent_reader(path):
 def test_a_log_keeps_every_digit(rows):
     """Both readers find the same double, bit by bit; times keep their microseconds."""
     radius, predict, label, seconds = (np.array(column) for column in zip(*rows, strict=True))
+    radius = np.where(predict < 0, 0.0, radius)
     table = log_of(radius, predict, label).assign(time=seconds, n=np.arange(len(rows)) + 100)
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "log.tsv"
@@ -122,6 +123,7 @@ def test_a_log_torn_anywhere_in_its_last_line_is_refused(tmp_path):
         ("7\t3\t3\t0.5\t0\t0:00:01", "idx 7: correct is 0 for label 3 and class 3"),
         ("7\t3\t4\t0.5\t1\t0:00:01", "idx 7: correct is 1 for label 3 and class 4"),
         ("7\t3\t-1\t0.0\t1\t0:00:01", "idx 7: correct is 1 for label 3 and class -1"),
+        ("7\t3\t-1\t0.5\t0\t0:00:01", "idx 7: an abstention .* of radius 0.5, not 0"),
         ("7\t3\t3\t0.5\t2\t0:00:01", "idx 7: correct is 2 for label 3 and class 3"),
     ],
 )

@@ -368,7 +368,7 @@ def test_uniform_radius_by_hand():
     some = Uniform([0.5, 1.0])
     np.testing.assert_allclose(some.radius(0.75), [0.25, 0.5])
     assert some.select([1]) == Uniform([1.0])
-    with pytest.raises(ValueError, match="sigma"):
+    with pytest.raises(ValueError, match="half"):
         Uniform(0.0)
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from lib.certify import certify
+from lib.adaptive import certify_anytime, certify_at, certify_staircase
+from lib.certify import certify, certify_margin, certify_partition, predict
 from lib.counts import RecordedCounts
 from lib.engine import classifier, jobs
 from lib.engine.classifier import BaseClassifier
@@ -559,3 +560,30 @@ def test_views_of_hundreds_of_classes():
 def test_a_falling_span_is_refused():
     with pytest.raises(ValueError, match="must not fall"):
         readout("soft:4-0,2")
+
+
+SIZES = sample_size_map(100, 0.1, "absolute", NOISE, 0.01, step=0.1)
+
+
+@pytest.mark.parametrize(
+    "sampler",
+    [
+        lambda counts: predict(counts, 50, 0.01),
+        lambda counts: certify(counts, NOISE, 10, 50, 0.01),
+        lambda counts: certify_margin(counts, NOISE, 10, 50, 0.01),
+        lambda counts: certify_partition(counts, NOISE, 10, 50, 0.01),
+        lambda counts: certify_iss(counts, NOISE, 10, 100, SIZES, 0.01),
+        lambda counts: certify_at(counts, NOISE, 0.1, (10, 50), 0.01, 0.01),
+        lambda counts: certify_anytime(counts, NOISE, 0.1, 100, 0.01),
+        lambda counts: certify_anytime(counts, NOISE, 0.1, 100, 0.01, runner_up=True),
+        lambda counts: certify_staircase(counts, NOISE, 10, 100, 0.01),
+    ],
+)
+def test_a_sampler_asks_for_one_of_several_readouts_before_it_draws(sampler):
+    """Votes [R, B, C] read as [B, C] would give classes that are numbers of examples."""
+    source = ModelCounts(
+        networks()[:3], images(4), NOISE, readouts=["soft:0-2", "hard:0-2"], **PLAIN
+    )
+    with pytest.raises(ValueError, match=r"2 readouts .*counts.view\('soft:0-2'\)"):
+        sampler(source)
+    assert len(sampler(source.view("hard:0-2"))) == 4

@@ -15,6 +15,26 @@ NOISE_LEVELS = (0.1, 0.5, 1.0)  # sigma of the noisy images that a network is ch
 log = logging.getLogger(__name__)
 
 
+def _first_logits(model, x):
+    """`logits_of`, where torch's complaint of images that do not fit the network says so."""
+    try:
+        return logits_of(model, x)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError, TypeError) as error:
+        raise ValueError(
+            f"model does not run on images {list(x.shape)} ([B, channels, height, width]): "
+            f"{str(error).splitlines()[0]}{_turned(x.shape[1:])}"
+        ) from error
+
+
+def _turned(shape):
+    """What to do about images of this shape where their channels seem to stand last."""
+    if shape[-1] in (1, 3) and shape[0] not in (1, 3):
+        return ". Are its channels last? x.permute(0, 3, 1, 2) puts them first"
+    return ""
+
+
 def logits_of(model, x):
     """The model's logits [B, classes] for images x [B, ...]; a ValueError if it returns others."""
     logits = model(x)
@@ -56,7 +76,8 @@ def count_classes(model, shape, device):
     - shape: (channels, height, width) of an image.
     - device: torch.device of the model.
 
-    Raises ValueError where a row depends on the other rows. Warns where two passes over the same
+    Raises ValueError where the network does not run on such images, and where a row depends on the
+    other rows. Warns where two passes over the same
     images differ: of a random network only the average over its randomness is certified.
     """
     _check_channels(model, shape)
@@ -68,7 +89,7 @@ def count_classes(model, shape, device):
         # A dark and a bright companion, unlike the others in every average and extreme.
         x[4], x[5], noise[5] = 0.1 * x[4], 1, 3 * noise[5].abs()
         x = (x + noise).to(device)
-        first, moved = logits_of(model, x[:4]), logits_of(model, x[[4, 0, 1, 5]])
+        first, moved = _first_logits(model, x[:4]), logits_of(model, x[[4, 0, 1, 5]])
         mixed |= _differ(first[:2], moved[1:3])
     if _differ(first, logits_of(model, x[:4])):
         log.warning(
@@ -90,7 +111,7 @@ def _check_channels(model, shape):
         if isinstance(module, Normalize) and len(module.mean) not in (1, shape[0]):
             raise ValueError(
                 f"model normalises {len(module.mean)} channels, but the images have {shape[0]}: "
-                "give the images that it was trained on"
+                f"give the images that it was trained on{_turned(shape)}"
             )
 
 

@@ -131,9 +131,14 @@ class BaseClassifier:
         votes=True,
     ):
         if not isinstance(model, nn.Module):
+            remedy = (
+                f"load it: lib.zoo.model({model!r}), of a file lib.models.load_checkpoint(path)[0]"
+                if isinstance(model, str)
+                else "wrap it in a module whose forward returns logits [B, classes]"
+            )
             raise ValueError(
                 "model must be a torch.nn.Module that maps images to logits; "
-                f"got {type(model).__name__}"
+                f"got {type(model).__name__}: {remedy}"
             )
         check_choice((True, False, "auto"), compile=compile)
         dtype = _as_dtype(dtype)

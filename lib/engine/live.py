@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from lib.checks import check_images, check_labels, check_request, check_seed
+from lib.checks import check_choice, check_images, check_labels, check_request, check_seed
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import cores
 from lib.engine.readouts import Panel, readout
@@ -68,6 +68,7 @@ class ModelCounts:
         **engine,
     ):
         check_images(x, bounded=bounded)
+        check_choice((None, True, False), progress=progress)
         self.base = _ready(model, tuple(x.shape[1:]), readouts, engine)
         self.x, self.noise, self.seed, self.progress = x.detach(), noise, seed, progress
         self.index = np.arange(len(x)) if index is None else check_labels(index, len(x), "index")
@@ -274,11 +275,14 @@ class ModelCounts:
         )
 
 
+ENGINE = ("device", "dtype", "block", "layout", "compile", "tune")  # further arguments
 _NOT_BOTH = "draw from the source or from its views, not from both: they share one stream"
 
 
 def _ready(model, shape, readouts, engine):
     """The BaseClassifier, or the Panel of several networks, that votes."""
+    for name in engine:
+        check_choice(ENGINE, **{"a further argument of ModelCounts": name})
     if isinstance(model, Panel):
         if readouts is not None or engine:
             given = ", ".join([*(["readouts"] if readouts is not None else []), *engine])

@@ -54,7 +54,8 @@ def read_log(path):
 
     Returns a DataFrame with idx, label, predict, radius, correct, time (in seconds) and, where the
     log has it, n. Raises FileNotFoundError, or ValueError that names the missing columns, the torn
-    or malformed line, or the example whose `correct` is not what its label and class say.
+    or malformed line, or the example whose `correct` is not what its label and class say, or that
+    has a radius although it was abstained on.
     """
     data = read_bytes(path, "give the path of a tab-separated certification log")
     if data.startswith(b'{"run":'):
@@ -66,6 +67,13 @@ def read_log(path):
         raise ValueError(f"{path} holds idx {repeated.iloc[0]} twice: delete one of its lines")
     if not (np.isfinite(table["radius"]) & (table["radius"] >= 0)).all():
         raise ValueError(f"{path} has a radius that is negative or not finite")
+    strange = table[(table["predict"] < 0) & (table["radius"] > 0)]
+    if len(strange):
+        row = strange.iloc[0]
+        raise ValueError(
+            f"{path}, idx {row['idx']:.0f}: an abstention (class {row['predict']:.0f}) of radius "
+            f"{row['radius']:g}, not 0; the line is damaged: certify again"
+        )
     wrong = table[(table["label"] == table["predict"]) != (table["correct"] == 1)]
     if len(wrong):
         row = wrong.iloc[0]
