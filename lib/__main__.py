@@ -1,4 +1,6 @@
-"""The command line: python -m lib train | quantize | sigma | certify | audit | report | info.
+"""The command line: python -m lib COMMAND.
+
+COMMAND: train | quantize | sigma | certify | replay | audit | report | info.
 
 certify also runs under torchrun.
 """
@@ -24,6 +26,7 @@ from lib import data as datasets
 from lib import models
 from lib.audit import audit as audited
 from lib.audit import verdict, worst
+from lib.counts import RecordedCounts
 from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
 from lib.engine.readouts import ensemble_readout
@@ -47,7 +50,7 @@ from lib.recipes import train as train_network
 from lib.samplers import SAMPLERS
 from lib.sigma import Ascent, search
 from lib.store.files import read_bytes
-from lib.store.logs import read_log
+from lib.store.logs import read_log, write_log
 from lib.store.records import load_counts
 from lib.train import Schedule
 
@@ -217,6 +220,46 @@ def certify(
             )
         if job.certifies:
             _print_report(summarize({str(out): read_log(out)}), as_json)
+
+
+@command(SAMPLERS)
+def replay(
+    record: Annotated[pathlib.Path, typer.Argument(help="A record of votes (.npz).")],
+    out: Annotated[pathlib.Path, typer.Option(help="Log to write.")],
+    sampler: Literal[*SAMPLERS] = "certify",
+    readout: Annotated[
+        str | None, typer.Option(help="Which, of a record that holds several.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order in which votes are replayed.")] = 0,
+    as_json: AsJson = False,
+    **options,
+):
+    """Certify from a record's votes under any sampler: a log, without running the network.
+
+    The record is OUT.npz of a run whose draws were fixed beforehand (the samplers record, certify,
+    margin, partition); the noise is the record's. The log's time is 0, and its bytes are the same
+    each time. It is never written over a file of other content.
+    Which sampler, n or alpha must not be decided by what other replays certified, else alpha does
+    not hold.
+    """
+    chosen = take(options, SAMPLERS, sampler)
+    if not chosen.certifies:
+        raise typer.BadParameter(f"sampler {sampler} makes no certificates")
+    journal = out.with_name(f"{out.name}.journal")
+    if journal.exists():
+        raise ValueError(f"{out} is the log of a run ({journal.name}): give another --out")
+    votes = load_counts(record)
+    if readout is not None and not votes.readouts:
+        raise typer.BadParameter(f"--readout is of records of several: {record} holds one")
+    if votes.readouts and readout is None:
+        names = ", ".join(votes.readouts)
+        raise typer.BadParameter(f"{record} holds several readouts: give --readout, one of {names}")
+    votes = votes if readout is None else votes.readout(readout)
+    counts = RecordedCounts(votes, seed)
+    table = chosen(counts, counts.noise).frame(votes.labels).assign(idx=votes.index, time=0.0)
+    write_log(out, table.rename(columns={"prediction": "predict"}), replace=False)
+    _say(f"{len(table)} examples replayed from {record}: {out}")
+    _print_report(summarize({str(out): read_log(out)}), as_json)
 
 
 @command(NOISES, SAMPLERS)

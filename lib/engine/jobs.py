@@ -249,7 +249,7 @@ def _continued(job, journal):
     if old | ({"sampler": new["sampler"]} if extended else {}) != new:
         raise ValueError(
             f"{job.out} was made with {difference(old, new)}: use the old setting, or give another "
-            "--out"
+            f"--out{_replay_instead(job, old)}"
         )
     if foreign := sorted(set(journal.entries) - set(job.index.tolist())):
         raise ValueError(
@@ -259,6 +259,15 @@ def _continued(job, journal):
     check_engine(job, made["engine"])
     _check_results(job, journal)
     return made | {"settings": new}
+
+
+def _replay_instead(job, old):
+    """What to do where the run's record answers what is asked: only the sampler is another."""
+    fixed, record = {"sampler", "fixed_draws"}, job.path(".npz")
+    same = all(old.get(name) == value for name, value in job.settings.items() if name not in fixed)
+    if not (same and job.certifies and old.get("fixed_draws") and record.exists()):
+        return ""
+    return f". Or replay its votes under another sampler, n or alpha: python -m lib replay {record}"
 
 
 def _extends(job, old, new):
