@@ -39,6 +39,8 @@ from lib.options import (
     Engine,
     Examples,
     check_sigma_file,
+    data_file,
+    data_set,
     load_ensemble,
     load_levels,
     load_model,
@@ -62,10 +64,14 @@ app = typer.Typer(
     help="Randomized smoothing: train a network under noise, certify it, report what it certifies.",
     epilog="Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage, 130 interrupted.",
 )
-Data = Literal[*datasets.INFO]
 Architecture = Literal[*models.ARCHITECTURES]
 _options = {"debug": False}  # of the whole program
 
+_named = {"parser": data_set, "metavar": f"<{'|'.join(datasets.INFO)}|FILE.npz>"}
+DataSet = Annotated[
+    str | None,
+    typer.Option(help="Data set, or a file of your own images; default the model's.", **_named),
+]
 DataPath = Annotated[
     pathlib.Path | None,
     typer.Option("--data-path", help="Read the data set from this file or folder (lib.data.load)."),
@@ -145,7 +151,7 @@ def certify(
     consensus: Annotated[
         int | None, typer.Option(help="K: the first K networks decide where they agree.")
     ] = None,
-    data: Annotated[Data | None, typer.Option(help="Data set; default the model's.")] = None,
+    data: DataSet = None,
     data_path: DataPath = None,
     architecture: Annotated[
         Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
@@ -180,7 +186,7 @@ def certify(
         smoothing = take(options, NOISES, noise or "Gaussian")
     job_sampler = take(options, SAMPLERS, sampler)
     examples, engine = take(options, Examples), take(options, Engine)
-    images, labels = datasets.load(header["data"], examples.split, path=data_path)
+    images, labels = datasets.load(header["data"], examples.split, path=data_file(data, data_path))
     index = examples.index(len(images))
     if sigma_file is not None:
         smoothing = load_levels(sigma_file, sigma_steps, network, images, index)
@@ -295,7 +301,7 @@ def sigma(
     model: Annotated[str, typer.Argument(help="A checkpoint (ours or published), or a zoo name.")],
     out: Annotated[pathlib.Path, typer.Option(help="File of levels to write (.npz).")],
     sigma0: Annotated[float, typer.Option(help="Level that the search starts from.")],
-    data: Annotated[Data | None, typer.Option(help="Data set; default the model's.")] = None,
+    data: DataSet = None,
     data_path: DataPath = None,
     architecture: Annotated[
         Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
@@ -311,7 +317,7 @@ def sigma(
     network, header = load_model(model, architecture, data)
     ascent, engine = take(options, Ascent), take(options, Engine)
     examples = take(options, Examples)
-    images, _ = datasets.load(header["data"], examples.split, path=data_path)
+    images, _ = datasets.load(header["data"], examples.split, path=data_file(data, data_path))
     index = examples.index(len(images))
     settings = {"data": header["data"], "split": examples.split}
     found = search(
@@ -329,7 +335,9 @@ def sigma(
 @command(NOISES, LOSSES, Schedule)
 def train(
     out: Annotated[pathlib.Path, typer.Option(help="Checkpoint to write after each epoch.")],
-    data: Data = "digits",
+    data: Annotated[
+        str, typer.Option(help="Data set, or a file of your own images.", **_named)
+    ] = "digits",
     data_path: DataPath = None,
     architecture: Architecture = "small_cnn",
     noise: Annotated[Literal[*NOISES], typer.Option(help="Smoothing distribution.")] = "Gaussian",
@@ -351,7 +359,8 @@ def train(
     options.setdefault("augment", data == "cifar10")
     described = NOISES.describe(take(options, NOISES, noise))
     trained_with = LOSSES.describe(take(options, LOSSES, loss))
-    recipe = Recipe(architecture, data, described, trained_with, take(options, Schedule))
+    name, data_path = datasets.name_of(data), data_file(data, data_path)
+    recipe = Recipe(architecture, name, described, trained_with, take(options, Schedule))
     header = train_network(recipe, out, data_path, pick_device(device), half=False, say=_say)
     print(
         json.dumps(header)
@@ -364,7 +373,7 @@ def train(
 def quantize(
     model: Annotated[str, typer.Argument(help="A checkpoint (ours or published), or a zoo name.")],
     out: Annotated[pathlib.Path, typer.Option(help="Checkpoint to write: NAME.int8.safetensors.")],
-    data: Annotated[Data | None, typer.Option(help="Data set; default the model's.")] = None,
+    data: DataSet = None,
     data_path: DataPath = None,
     architecture: Annotated[
         Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
@@ -387,6 +396,7 @@ def quantize(
     network, header = load_model(model, architecture, data)
     header |= {"name": pathlib.Path(model).name.removesuffix(".safetensors")}
     smoothing = take(options, NOISES, noise)
+    data_path = data_file(data, data_path)
     made = quantize_network(out, network, header, smoothing, data_path, images, seed)
     print(
         json.dumps(made)
@@ -440,7 +450,9 @@ def info(
     architecture: Annotated[
         Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
     ] = None,
-    data: Annotated[Data | None, typer.Option(help="Where the checkpoint does not say it.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Where the checkpoint does not say it.", **_named)
+    ] = None,
     as_json: AsJson = False,
 ):
     """Say what a checkpoint, a record or a log holds."""
@@ -452,7 +464,7 @@ def info(
         size = {"examples": len(record.index), "classes": record.counts.shape[-1]}
         facts = {"kind": "record"} | size | record.header | {"votes": int(record.counts.sum())}
     else:
-        network, header = load_checkpoint(path, architecture, data)
+        network, header = load_checkpoint(path, architecture, datasets.name_of(data))
         weights = list(network.parameters()) or network.integers()
         parameters = sum(tensor.numel() for tensor in weights)
         facts = {"kind": "checkpoint"} | header

@@ -861,6 +861,37 @@ def test_a_trained_network_is_certified(tmp_path):
     assert row["0"] > 0.5
 
 
+def test_images_of_ones_own_are_trained_on_and_certified(tmp_path):
+    """--data FILE.npz wherever a data set is named; a network takes other images of its shape."""
+    x, y = (part.numpy() for part in data.load("digits", "test"))
+    path, model = tmp_path / "mine.npz", tmp_path / "m.safetensors"
+    parts = {"x_train": x[:300], "y_train": y[:300], "x_test": x[300:], "y_test": y[300:]}
+    np.savez(path, **parts)
+    done(*TRAIN, "--data", path, "--out", model)
+    small = ["--sigma", 0.25, "--n", 200, "--stop", 4, *ENGINE, "--out"]
+    done("certify", model, "--data", path, *small, tmp_path / "m.tsv")
+    record = load_counts(tmp_path / "m.tsv.npz", data="images-1x8x8-10")
+    assert record.header["data_sha256"] == data.content_hash(torch.from_numpy(x[300:]))
+    assert record.labels.tolist() == y[300:304].tolist()
+    network, header = load_checkpoint(model)
+    assert (header["data"], len(network[0].mean)) == ("images-1x8x8-10", 1)
+    search = ["--sigma0", 0.25, "--steps", 100, "--stop", 2, "--out", tmp_path / "levels.npz"]
+    done("sigma", "digits-cnn-sigma0.25", "--data", path, *search)
+    assert "give their file" in refused("certify", model, *small, tmp_path / "x")
+    said = refused("certify", model, "--data", path, "--data-path", path, *small, "x", code=2)
+    assert "leave out" in said
+    said = refused("certify", model, "--data", "mine", *small, tmp_path / "x", code=2)
+    assert "FILE.npz of your own images" in " ".join(said.replace("│", " ").split())
+    np.savez(path, x_test=x[:9, :, :4], y_test=y[:9])
+    said = refused("certify", model, "--data", path, *small, tmp_path / "x")
+    assert "data must be 'images-1x8x8-10'" in said
+    assert "got 'images-1x4x8-" in said
+    torch.save(network[1].state_dict(), tmp_path / "plain.pth")
+    np.savez(path, x_test=x[:9], y_test=y[:9] % 3, classes=10)
+    options = ["--architecture", "mlp", "--data", path]
+    assert "images-1x8x8-10" in done("info", tmp_path / "plain.pth", *options)
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
