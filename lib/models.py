@@ -203,6 +203,7 @@ def load_checkpoint(path, architecture=None, data=None):
       The first layer normalises by the file's `means` and `sds`, or by the data set's constants;
     - a dict with `net` (Zhai et al. 2020), which takes images in [0, 1] as they are;
     - a plain state dict (torchvision's), in front of which the data set's normalisation is set.
+    That of images of your own is 0.5 and 0.5; a warning says so where the file has none.
 
     - architecture, data: needed where the file does not say (ARCHITECTURES, lib.data.info); data
       is taken to be cifar10 for cifar_resnet*, imagenet for resnet*.
@@ -255,7 +256,13 @@ def _build_published(path, file, architecture, data):
         )
     model = build(architecture, data)
     _fill(model[1], file.state, path)
-    if file.format == "plain" and not file.constants:
+    if OWN.fullmatch(data) and file.format != "net" and not file.constants:
+        log.warning(
+            "%s holds no normalisation layer, and images of your own are normalised by 0.5 and "
+            "0.5: where it was trained otherwise, put lib.models.Normalize(mean, std) in front, in "
+            "Python", path,
+        )  # fmt: skip
+    elif file.format == "plain" and not file.constants:
         log.info(
             "%s holds no normalisation layer: as for torchvision's weights, one with the mean and "
             "deviation of %s is put in front", path, data,

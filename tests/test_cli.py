@@ -861,7 +861,7 @@ def test_a_trained_network_is_certified(tmp_path):
     assert row["0"] > 0.5
 
 
-def test_images_of_ones_own_are_trained_on_and_certified(tmp_path):
+def test_images_of_ones_own_are_trained_on_and_certified(tmp_path, caplog):
     """--data FILE.npz wherever a data set is named; a network takes other images of its shape."""
     x, y = (part.numpy() for part in data.load("digits", "test"))
     path, model = tmp_path / "mine.npz", tmp_path / "m.safetensors"
@@ -890,6 +890,7 @@ def test_images_of_ones_own_are_trained_on_and_certified(tmp_path):
     np.savez(path, x_test=x[:9], y_test=y[:9] % 3, classes=10)
     options = ["--architecture", "mlp", "--data", path]
     assert "images-1x8x8-10" in done("info", tmp_path / "plain.pth", *options)
+    assert "images of your own are normalised by 0.5 and 0.5" in caplog.text
 
 
 @pytest.mark.parametrize(
