@@ -1,4 +1,6 @@
-"""The command line: python -m lib train | quantize | sigma | certify | audit | report | info.
+"""The command line: python -m lib COMMAND.
+
+COMMAND: train | quantize | sigma | certify | replay | audit | report | info.
 
 certify also runs under torchrun.
 """
@@ -24,6 +26,7 @@ from lib import data as datasets
 from lib import models
 from lib.audit import audit as audited
 from lib.audit import verdict, worst
+from lib.counts import RecordedCounts
 from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
 from lib.engine.readouts import ensemble_readout
@@ -36,6 +39,8 @@ from lib.options import (
     Engine,
     Examples,
     check_sigma_file,
+    data_file,
+    data_set,
     load_ensemble,
     load_levels,
     load_model,
@@ -47,7 +52,7 @@ from lib.recipes import train as train_network
 from lib.samplers import SAMPLERS
 from lib.sigma import Ascent, search
 from lib.store.files import read_bytes
-from lib.store.logs import read_log
+from lib.store.logs import read_log, write_log
 from lib.store.records import load_counts
 from lib.train import Schedule
 
@@ -59,10 +64,14 @@ app = typer.Typer(
     help="Randomized smoothing: train a network under noise, certify it, report what it certifies.",
     epilog="Exit codes: 0 done, 1 failed (one line says why), 2 wrong usage, 130 interrupted.",
 )
-Data = Literal[*datasets.INFO]
 Architecture = Literal[*models.ARCHITECTURES]
 _options = {"debug": False}  # of the whole program
 
+_named = {"parser": data_set, "metavar": f"<{'|'.join(datasets.INFO)}|FILE.npz>"}
+DataSet = Annotated[
+    str | None,
+    typer.Option(help="Data set, or a file of your own images; default the model's.", **_named),
+]
 DataPath = Annotated[
     pathlib.Path | None,
     typer.Option("--data-path", help="Read the data set from this file or folder (lib.data.load)."),
@@ -142,7 +151,7 @@ def certify(
     consensus: Annotated[
         int | None, typer.Option(help="K: the first K networks decide where they agree.")
     ] = None,
-    data: Annotated[Data | None, typer.Option(help="Data set; default the model's.")] = None,
+    data: DataSet = None,
     data_path: DataPath = None,
     architecture: Annotated[
         Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
@@ -177,7 +186,7 @@ def certify(
         smoothing = take(options, NOISES, noise or "Gaussian")
     job_sampler = take(options, SAMPLERS, sampler)
     examples, engine = take(options, Examples), take(options, Engine)
-    images, labels = datasets.load(header["data"], examples.split, path=data_path)
+    images, labels = datasets.load(header["data"], examples.split, path=data_file(data, data_path))
     index = examples.index(len(images))
     if sigma_file is not None:
         smoothing = load_levels(sigma_file, sigma_steps, network, images, index)
@@ -219,6 +228,46 @@ def certify(
             _print_report(summarize({str(out): read_log(out)}), as_json)
 
 
+@command(SAMPLERS)
+def replay(
+    record: Annotated[pathlib.Path, typer.Argument(help="A record of votes (.npz).")],
+    out: Annotated[pathlib.Path, typer.Option(help="Log to write.")],
+    sampler: Literal[*SAMPLERS] = "certify",
+    readout: Annotated[
+        str | None, typer.Option(help="Which, of a record that holds several.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the order in which votes are replayed.")] = 0,
+    as_json: AsJson = False,
+    **options,
+):
+    """Certify from a record's votes under any sampler: a log, without running the network.
+
+    The record is OUT.npz of a run whose draws were fixed beforehand (the samplers record, certify,
+    margin, partition); the noise is the record's. The log's time is 0, and its bytes are the same
+    each time. It is never written over a file of other content.
+    Which sampler, n or alpha must not be decided by what other replays certified, else alpha does
+    not hold.
+    """
+    chosen = take(options, SAMPLERS, sampler)
+    if not chosen.certifies:
+        raise typer.BadParameter(f"sampler {sampler} makes no certificates")
+    journal = out.with_name(f"{out.name}.journal")
+    if journal.exists():
+        raise ValueError(f"{out} is the log of a run ({journal.name}): give another --out")
+    votes = load_counts(record)
+    if readout is not None and not votes.readouts:
+        raise typer.BadParameter(f"--readout is of records of several: {record} holds one")
+    if votes.readouts and readout is None:
+        names = ", ".join(votes.readouts)
+        raise typer.BadParameter(f"{record} holds several readouts: give --readout, one of {names}")
+    votes = votes if readout is None else votes.readout(readout)
+    counts = RecordedCounts(votes, seed)
+    table = chosen(counts, counts.noise).frame(votes.labels).assign(idx=votes.index, time=0.0)
+    write_log(out, table.rename(columns={"prediction": "predict"}), replace=False)
+    _say(f"{len(table)} examples replayed from {record}: {out}")
+    _print_report(summarize({str(out): read_log(out)}), as_json)
+
+
 @command(NOISES, SAMPLERS)
 def audit(
     noise: Annotated[Literal[*NOISES], typer.Option(help="Smoothing distribution.")] = "Gaussian",
@@ -252,7 +301,7 @@ def sigma(
     model: Annotated[str, typer.Argument(help="A checkpoint (ours or published), or a zoo name.")],
     out: Annotated[pathlib.Path, typer.Option(help="File of levels to write (.npz).")],
     sigma0: Annotated[float, typer.Option(help="Level that the search starts from.")],
-    data: Annotated[Data | None, typer.Option(help="Data set; default the model's.")] = None,
+    data: DataSet = None,
     data_path: DataPath = None,
     architecture: Annotated[
         Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
@@ -268,7 +317,7 @@ def sigma(
     network, header = load_model(model, architecture, data)
     ascent, engine = take(options, Ascent), take(options, Engine)
     examples = take(options, Examples)
-    images, _ = datasets.load(header["data"], examples.split, path=data_path)
+    images, _ = datasets.load(header["data"], examples.split, path=data_file(data, data_path))
     index = examples.index(len(images))
     settings = {"data": header["data"], "split": examples.split}
     found = search(
@@ -286,7 +335,9 @@ def sigma(
 @command(NOISES, LOSSES, Schedule)
 def train(
     out: Annotated[pathlib.Path, typer.Option(help="Checkpoint to write after each epoch.")],
-    data: Data = "digits",
+    data: Annotated[
+        str, typer.Option(help="Data set, or a file of your own images.", **_named)
+    ] = "digits",
     data_path: DataPath = None,
     architecture: Architecture = "small_cnn",
     noise: Annotated[Literal[*NOISES], typer.Option(help="Smoothing distribution.")] = "Gaussian",
@@ -308,7 +359,8 @@ def train(
     options.setdefault("augment", data == "cifar10")
     described = NOISES.describe(take(options, NOISES, noise))
     trained_with = LOSSES.describe(take(options, LOSSES, loss))
-    recipe = Recipe(architecture, data, described, trained_with, take(options, Schedule))
+    name, data_path = datasets.name_of(data), data_file(data, data_path)
+    recipe = Recipe(architecture, name, described, trained_with, take(options, Schedule))
     header = train_network(recipe, out, data_path, pick_device(device), half=False, say=_say)
     print(
         json.dumps(header)
@@ -321,7 +373,7 @@ def train(
 def quantize(
     model: Annotated[str, typer.Argument(help="A checkpoint (ours or published), or a zoo name.")],
     out: Annotated[pathlib.Path, typer.Option(help="Checkpoint to write: NAME.int8.safetensors.")],
-    data: Annotated[Data | None, typer.Option(help="Data set; default the model's.")] = None,
+    data: DataSet = None,
     data_path: DataPath = None,
     architecture: Annotated[
         Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
@@ -344,6 +396,7 @@ def quantize(
     network, header = load_model(model, architecture, data)
     header |= {"name": pathlib.Path(model).name.removesuffix(".safetensors")}
     smoothing = take(options, NOISES, noise)
+    data_path = data_file(data, data_path)
     made = quantize_network(out, network, header, smoothing, data_path, images, seed)
     print(
         json.dumps(made)
@@ -397,7 +450,9 @@ def info(
     architecture: Annotated[
         Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
     ] = None,
-    data: Annotated[Data | None, typer.Option(help="Where the checkpoint does not say it.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Where the checkpoint does not say it.", **_named)
+    ] = None,
     as_json: AsJson = False,
 ):
     """Say what a checkpoint, a record or a log holds."""
@@ -409,7 +464,7 @@ def info(
         size = {"examples": len(record.index), "classes": record.counts.shape[-1]}
         facts = {"kind": "record"} | size | record.header | {"votes": int(record.counts.sum())}
     else:
-        network, header = load_checkpoint(path, architecture, data)
+        network, header = load_checkpoint(path, architecture, datasets.name_of(data))
         weights = list(network.parameters()) or network.integers()
         parameters = sum(tensor.numel() for tensor in weights)
         facts = {"kind": "checkpoint"} | header

@@ -12,6 +12,7 @@ import io
 import os
 import pathlib
 import pickle
+import re
 import tarfile
 import zipfile
 import zlib
@@ -47,6 +48,7 @@ INFO = {
     "cifar10": Info((3, 32, 32), 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     "imagenet": Info((3, 224, 224), 1000, (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
 }
+OWN = re.compile(r"images-(\d+)x(\d+)x(\d+)-(\d+)")  # see name_of
 CIFAR10 = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"
 )  # fmt: skip
@@ -73,6 +75,57 @@ DOWNLOADS = {
 }
 
 
+def info(name):
+    """The Info of a data set, or of images of your own by their name (name_of).
+
+    Theirs normalises by 0.5 and 0.5. Raises ValueError naming data.
+    """
+    if own := OWN.fullmatch(str(name)):
+        *shape, classes = map(int, own.groups())
+        return Info(tuple(shape), classes, (0.5,) * shape[0], (0.5,) * shape[0])
+    check_choice(INFO, data=name)
+    return INFO[name]
+
+
+def is_file(data):
+    """Whether `data` is a file of your own images, FILE.npz, and not a name."""
+    return str(data).endswith(".npz")
+
+
+def name_of(data):
+    """The name of a data set: of FILE.npz, "images-CHANNELSxHEIGHTxWIDTH-CLASSES", else as it is.
+
+    That name says all that a network must know of the images, so that a checkpoint is rebuilt
+    without them; which images a run certified, the hash in its record says.
+
+    FILE.npz holds images of your own:
+    - x_test [N, channels, height, width], floats in [0, 1] or uint8, and y_test [N], classes 0, 1,
+      ...: what is certified. x_train and y_train, as well: to train or to quantise.
+    - classes: their number, where it is not the highest label and one.
+
+    Raises FileNotFoundError, or ValueError naming the file, the array and the remedy.
+    """
+    if not is_file(data):
+        return data
+    parts, classes = _own(pathlib.Path(data))
+    return own_name(parts[0][0].shape[1:], classes)
+
+
+def own_name(shape, classes):
+    """The name of images of your own (name_of)."""
+    return f"images-{'x'.join(map(str, shape))}-{classes}"
+
+
+def fits(name, wanted):
+    """Whether a network of the data set `wanted` takes the images of `name`: None, its own, or
+    images of yours that have their shape and no more classes.
+    """
+    if name in (None, wanted) or not OWN.fullmatch(str(name)):
+        return name in (None, wanted)
+    here, there = info(name), info(wanted)
+    return here.shape == there.shape and here.classes <= there.classes
+
+
 def load(name, split, root=None, path=None):
     """A data set as two torch tensors: (images, labels).
 
@@ -82,7 +135,8 @@ def load(name, split, root=None, path=None):
 
     - name: "digits" (1,797 grey 8x8 images that ship inside scikit-learn, split once and for all:
       1,437 train, 360 test), "mnist", "fashion", "cifar10", or "imagenet" (shorter side to 256,
-      centre 224x224; images then are an `ImageFolder`, read when indexed).
+      centre 224x224; images then are an `ImageFolder`, read when indexed), or the name of images
+      of your own, name_of(FILE.npz), with that file as path.
     - split: "train" or "test" (imagenet: the folder "val").
     - root: folder of downloads, each data set in its own folder; default $SMOOTHING_DATA, else
       data/downloads. Where mnist, fashion or cifar10 is missing it is downloaded and checked;
@@ -94,8 +148,11 @@ def load(name, split, root=None, path=None):
     Raises ValueError naming name, split or the damaged file; FileNotFoundError naming the file, its
     URL and where to put it.
     """
-    check_choice(INFO, name=name)
+    own = OWN.fullmatch(str(name))
+    check_choice([name] if own else INFO, name=name)
     check_choice(("train", "test"), split=split)
+    if own and path is None:
+        raise ValueError(f"{name} are images of your own: give their file, --data FILE.npz (path)")
     if path is not None and not pathlib.Path(path).exists():
         raise FileNotFoundError(
             f"{path} does not exist: give the path of {name} on disk, or leave it out"
@@ -103,6 +160,9 @@ def load(name, split, root=None, path=None):
     default = pathlib.Path(__file__).parent.parent / "data/downloads"
     folder = pathlib.Path(root or os.environ.get("SMOOTHING_DATA") or default) / name
     path = None if path is None else pathlib.Path(path)
+    if own:
+        ((images, labels),), _ = _own(path, [split])
+        return _checked(name, images, labels, path)
     if name == "imagenet":
         folder = path or folder / ("val" if split == "test" else "train")
         images = ImageFolder(folder)
@@ -126,16 +186,16 @@ def load(name, split, root=None, path=None):
 
 
 def _checked(name, images, labels, source):
-    info = INFO[name]
+    facts = info(name)
     if (
-        images.shape[1:] != info.shape
+        images.shape[1:] != facts.shape
         or labels.shape != (len(images),)
         or not len(labels)
-        or labels.max() >= info.classes
+        or labels.max() >= facts.classes
     ):
         raise ValueError(
             f"{source} is not {name}: images {images.shape} and labels {labels.shape}, instead of "
-            f"[N, {info.shape}] and [N]"
+            f"[N, {facts.shape}] and [N], classes below {facts.classes}"
         )
     # Bytes of a file are read-only to numpy: torch needs a copy of its own.
     images = torch.from_numpy(np.array(images, order="C"))
@@ -285,6 +345,76 @@ def _keras(split, path):
             f"got {images.dtype} {list(images.shape)}"
         )
     return images.transpose(0, 3, 1, 2), labels.reshape(-1)
+
+
+def _own(path, splits=None):
+    """([(images, labels) of each split], number of classes) of a file of your own images.
+
+    - splits: "train", "test"; None: those that it holds.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist: give the npz of your images")
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            held = list(arrays.files)
+            splits = splits or [s for s in ("train", "test") if f"x_{s}" in held] or ["test"]
+            needed = [f"{part}_{split}" for split in splits for part in "xy"]
+            if missing := [name for name in needed if name not in held]:
+                raise ValueError(f"it lacks {missing[0]}, and holds {', '.join(held)}")
+            parts = [(arrays[f"x_{s}"], arrays[f"y_{s}"]) for s in splits]
+            stated = int(arrays["classes"]) if "classes" in held else None
+    except (ValueError, TypeError, OSError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        raise ValueError(
+            f"{path} must be an npz of x_test [N, channels, height, width] and y_test [N] (to "
+            f"train or quantise x_train and y_train, too): {error}"
+        ) from error
+    parts = [
+        (_own_images(x, f"{path}: x_{s}"), _own_labels(y, len(x), f"{path}: y_{s}", stated))
+        for s, (x, y) in zip(splits, parts, strict=True)
+    ]
+    if len({images.shape[1:] for images, _ in parts}) > 1:
+        raise ValueError(f"{path}: x_train and x_test must have images of one shape")
+    return parts, stated or int(max(labels.max() for _, labels in parts)) + 1
+
+
+def _own_images(x, source):
+    if x.ndim != 4 or not x.size:
+        raise ValueError(
+            f"{source} must have shape [N, channels, height, width] (grey images: x[:, None]); "
+            f"got {list(x.shape)}"
+        )
+    if x.shape[3] in (1, 3) and x.shape[1] not in (1, 3):
+        raise ValueError(
+            f"{source} must have its channels first: x.transpose(0, 3, 1, 2); got {list(x.shape)}"
+        )
+    if x.dtype == np.uint8:
+        return x
+    if x.dtype.kind != "f":
+        raise ValueError(
+            f"{source} must be floats in [0, 1], or uint8 from 0 to 255 (x.astype(np.uint8)); got "
+            f"{x.dtype}"
+        )
+    if not (x.min() >= 0 and x.max() <= 1):
+        raise ValueError(
+            f"{source} must be floats in [0, 1]: divide by 255, and leave normalisation to the "
+            f"network; got {x.min():.4g} to {x.max():.4g}"
+        )
+    return x.astype(np.float32)
+
+
+def _own_labels(y, size, source, classes):
+    if y.shape != (size,) or y.dtype.kind not in "iu":
+        raise ValueError(
+            f"{source} must be {size} whole numbers, one per image (y.reshape(-1).astype(int)); "
+            f"got shape {list(y.shape)} of {y.dtype}"
+        )
+    if y.min() < 0 or y.max() >= (classes or np.inf):
+        most = f" to {classes - 1} (`classes` less one)" if classes else ""
+        raise ValueError(
+            f"{source} must be classes from 0{most}: np.unique(y, return_inverse=True)[1] numbers "
+            f"any labels so; got {y.min()} to {y.max()}"
+        )
+    return y
 
 
 class ImageFolder:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from lib.checks import check_choice
-from lib.data import INFO, torchvision
+from lib.data import INFO, OWN, fits, info, torchvision
 from lib.ensemble import Ensemble
 from lib.store.checkpoints import read_checkpoint, state_hash, write_checkpoint
 from lib.store.programs import Program
@@ -110,17 +110,16 @@ def build(architecture, data, classes=None):
 
     - architecture: "mlp", "small_cnn", "cifar_resnet20" or "cifar_resnet110" (272,474 and 1,730,714
       parameters for 10 classes), or torchvision's "resnet18" or "resnet50" (for 224x224 pixels).
-    - data: name of a data set (lib.data.INFO).
+    - data: name of a data set (lib.data.info).
     - classes: of the network's answers; None: the data set's.
 
     Returns an nn.Sequential of two. Raises ValueError naming architecture or data.
     """
-    check_choice(INFO, data=data)
+    facts = info(data)
     check_choice(ARCHITECTURES, architecture=architecture)
-    info = INFO[data]
     return nn.Sequential(
-        Normalize(info.mean, info.std),
-        ARCHITECTURES[architecture](info.shape, classes or info.classes),
+        Normalize(facts.mean, facts.std),
+        ARCHITECTURES[architecture](facts.shape, classes or facts.classes),
     )
 
 
@@ -204,8 +203,9 @@ def load_checkpoint(path, architecture=None, data=None):
       The first layer normalises by the file's `means` and `sds`, or by the data set's constants;
     - a dict with `net` (Zhai et al. 2020), which takes images in [0, 1] as they are;
     - a plain state dict (torchvision's), in front of which the data set's normalisation is set.
+    That of images of your own is 0.5 and 0.5; a warning says so where the file has none.
 
-    - architecture, data: needed where the file does not say (ARCHITECTURES, lib.data.INFO); data
+    - architecture, data: needed where the file does not say (ARCHITECTURES, lib.data.info); data
       is taken to be cifar10 for cifar_resnet*, imagenet for resnet*.
 
     The header holds "architecture", "data", "format" and what else the file says. Raises
@@ -219,7 +219,8 @@ def load_checkpoint(path, architecture=None, data=None):
         if name not in file.header:
             held = ", ".join(file.header) or "nothing"
             raise ValueError(f"{path}: its header lacks {name!r}; it holds {held}")
-        if given not in (None, file.header[name]):
+        same = fits if name == "data" else lambda given, own: given in (None, own)
+        if not same(given, file.header[name]):
             raise ValueError(
                 f"{name} must be {file.header[name]!r}, as {path} says, or be left out; "
                 f"got {given!r}"
@@ -249,13 +250,19 @@ def _build_published(path, file, architecture, data):
             "(README: a network of your own)"
         )
     data = data or next((d for a, d in USUAL_DATA if architecture.startswith(a)), None)
-    if data not in INFO:
+    if data not in INFO and not OWN.fullmatch(data or ""):
         raise ValueError(
             f"{path} does not say its data set: give data, one of {', '.join(INFO)}; got {data!r}"
         )
     model = build(architecture, data)
     _fill(model[1], file.state, path)
-    if file.format == "plain" and not file.constants:
+    if OWN.fullmatch(data) and file.format != "net" and not file.constants:
+        log.warning(
+            "%s holds no normalisation layer, and images of your own are normalised by 0.5 and "
+            "0.5: where it was trained otherwise, put lib.models.Normalize(mean, std) in front, in "
+            "Python", path,
+        )  # fmt: skip
+    elif file.format == "plain" and not file.constants:
         log.info(
             "%s holds no normalisation layer: as for torchvision's weights, one with the mean and "
             "deviation of %s is put in front", path, data,
@@ -263,7 +270,7 @@ def _build_published(path, file, architecture, data):
     if file.format == "net" and not file.constants:
         model[0] = nn.Identity()
     elif file.constants:
-        mean, std = INFO[data].mean, INFO[data].std
+        mean, std = info(data).mean, info(data).std
         model[0] = Normalize(file.constants.get("mean", mean), file.constants.get("std", std))
     header = {name: value for name, value in file.header.items() if name != "arch"}
     return model.eval(), header | {

@@ -170,8 +170,29 @@ def take(options, group, name=None):
     return group.make(name, **own)
 
 
+def data_set(text):
+    """The value of --data: the name of a data set, or FILE.npz."""
+    if text not in datasets.INFO and not datasets.is_file(text):
+        names = ", ".join(datasets.INFO)
+        raise typer.BadParameter(f"{text} is none of {names}, and no FILE.npz of your own images")
+    return text
+
+
+def data_file(data, path):
+    """Where the images are read from: FILE.npz of --data, or --data-path."""
+    if not datasets.is_file(data):
+        return path
+    if path is not None:
+        raise typer.BadParameter(f"--data {data} is itself the file: leave out --data-path")
+    return data
+
+
 def load_model(spec, architecture=None, data=None):
-    """(module, header) of a checkpoint file or of a network of the zoo."""
+    """(module, header) of a checkpoint file or of a network of the zoo.
+
+    - data: a name, or a file of your own images; the header's is then the name of these.
+    """
+    own, data = datasets.is_file(data), datasets.name_of(data)
     if pathlib.Path(spec).is_file():
         network, header = load_checkpoint(spec, architecture, data)
     elif spec in zoo.MODELS:
@@ -181,11 +202,14 @@ def load_model(spec, architecture=None, data=None):
     else:
         names = ", ".join(zoo.MODELS)
         raise FileNotFoundError(f"model {spec} is neither a file nor a name of the zoo ({names})")
-    if data not in (None, header["data"]):
+    if not datasets.fits(data, header["data"]):
         raise ValueError(
             f"data must be {header['data']}, which {spec} was trained on, or be left out; "
             f"got {data}"
         )
+    if own:
+        facts = datasets.info(header["data"])
+        header = header | {"data": datasets.own_name(facts.shape, facts.classes)}
     return network, header
 
 

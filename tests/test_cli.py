@@ -32,7 +32,7 @@ from lib.ensemble import Ensemble
 from lib.iss import certify_iss, sample_size_map
 from lib.models import load_checkpoint, model_hash
 from lib.noise import Gaussian
-from lib.samplers import Certify
+from lib.samplers import SAMPLERS, Certify
 from lib.store.journal import read_journal, write_journal
 from lib.store.records import load_counts, save_counts
 
@@ -861,6 +861,38 @@ def test_a_trained_network_is_certified(tmp_path):
     assert row["0"] > 0.5
 
 
+def test_images_of_ones_own_are_trained_on_and_certified(tmp_path, caplog):
+    """--data FILE.npz wherever a data set is named; a network takes other images of its shape."""
+    x, y = (part.numpy() for part in data.load("digits", "test"))
+    path, model = tmp_path / "mine.npz", tmp_path / "m.safetensors"
+    parts = {"x_train": x[:300], "y_train": y[:300], "x_test": x[300:], "y_test": y[300:]}
+    np.savez(path, **parts)
+    done(*TRAIN, "--data", path, "--out", model)
+    small = ["--sigma", 0.25, "--n", 200, "--stop", 4, *ENGINE, "--out"]
+    done("certify", model, "--data", path, *small, tmp_path / "m.tsv")
+    record = load_counts(tmp_path / "m.tsv.npz", data="images-1x8x8-10")
+    assert record.header["data_sha256"] == data.content_hash(torch.from_numpy(x[300:]))
+    assert record.labels.tolist() == y[300:304].tolist()
+    network, header = load_checkpoint(model)
+    assert (header["data"], len(network[0].mean)) == ("images-1x8x8-10", 1)
+    search = ["--sigma0", 0.25, "--steps", 100, "--stop", 2, "--out", tmp_path / "levels.npz"]
+    done("sigma", "digits-cnn-sigma0.25", "--data", path, *search)
+    assert "give their file" in refused("certify", model, *small, tmp_path / "x")
+    said = refused("certify", model, "--data", path, "--data-path", path, *small, "x", code=2)
+    assert "leave out" in said
+    said = refused("certify", model, "--data", "mine", *small, tmp_path / "x", code=2)
+    assert "FILE.npz of your own images" in " ".join(said.replace("│", " ").split())
+    np.savez(path, x_test=x[:9, :, :4], y_test=y[:9])
+    said = refused("certify", model, "--data", path, *small, tmp_path / "x")
+    assert "data must be 'images-1x8x8-10'" in said
+    assert "got 'images-1x4x8-" in said
+    torch.save(network[1].state_dict(), tmp_path / "plain.pth")
+    np.savez(path, x_test=x[:9], y_test=y[:9] % 3, classes=10)
+    options = ["--architecture", "mlp", "--data", path]
+    assert "images-1x8x8-10" in done("info", tmp_path / "plain.pth", *options)
+    assert "images of your own are normalised by 0.5 and 0.5" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -1011,6 +1043,81 @@ def test_as_a_program(tmp_path):
         result.stderr
         == "error: nowhere does not exist: give the path of a checkpoint, a record or a log\n"
     )
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A record of 320 votes of 12 images."""
+    out = tmp_path_factory.mktemp("recorded") / "votes"
+    done(*[a for a in SMALL if a not in ("--n0", "20", "--n", "300")],
+         "--sampler", "record", "--n", 320, "--out", out)  # fmt: skip
+    return f"{out}.npz"
+
+
+@pytest.mark.parametrize(
+    ("options", "sampler"),
+    [
+        ("--n0 20 --n 300 --alpha 0.01", SAMPLERS.make("certify", n0=20, n=300, alpha=0.01)),
+        ("--sampler iss --n0 20 --n 300", SAMPLERS.make("iss", n0=20, n=300)),
+        ("--sampler anytime --n 200", SAMPLERS.make("anytime", n=200)),
+    ],
+)
+def test_a_replay_is_the_sampler_called_on_the_record(recorded, tmp_path, options, sampler):
+    """In a log as a run writes it, whose bytes the same command writes again."""
+    out, record = tmp_path / "r.tsv", load_counts(recorded)
+    command = ["replay", recorded, *options.split(), "--seed", 3, "--out", out]
+    done(*command)
+    expected = sampler(RecordedCounts(record, seed=3), Gaussian(0.5)).frame(record.labels)
+    log = pd.read_csv(out, sep="\t")
+    assert [*log] == ["idx", "label", "predict", "radius", "correct", "time", "n"]
+    assert log["idx"].tolist() == list(range(12))
+    assert log[["label", "predict", "radius", "correct", "n"]].to_numpy().tolist() == (
+        expected[["label", "prediction", "radius", "correct", "n"]].to_numpy(float).tolist()
+    )
+    before = out.read_bytes()
+    done(*command)
+    assert "r.tsv exists and holds something else" in refused(*command, "--alpha", 0.2)
+    assert out.read_bytes() == before
+
+
+def test_a_replay_has_each_images_own_level_and_the_readout_asked_for(tmp_path):
+    counts = np.stack([np.full((3, 2), 160), np.tile([310, 10], (3, 1))])
+    noise, labels = Gaussian([0.25, 0.5, 1.0]), np.zeros(3, int)
+    header = {"noise": noise.describe(), "fixed_draws": True, "readouts": ["member:0", "soft:0-1"]}
+    path = tmp_path / "two.npz"
+    save_counts(path, counts, np.arange(3), labels, **header)
+    command = ["replay", path, "--n0", 20, "--n", 300, "--out", tmp_path / "r.tsv"]
+    assert "one of member:0, soft:0-1" in refused(*command, code=2)
+    done(*command, "--readout", "soft:0-1")
+    source = RecordedCounts(load_counts(path).readout("soft:0-1"))
+    expected = certify(source, noise, 20, 300, 0.001).radius
+    assert pd.read_csv(tmp_path / "r.tsv", sep="\t")["radius"].tolist() == expected.tolist()
+    assert expected[2] > 3 * expected[0] > 0
+
+
+def test_what_cannot_be_replayed_is_refused(reference, recorded, tmp_path):
+    """Votes that an adaptive sampler left, a log of a run, no sampler; and nothing is written."""
+    iss = tmp_path / "iss.tsv"
+    done(*SMALL, "--sampler", "iss", "--out", iss)
+    small = ["--n0", 20, "--n", 300, "--out", tmp_path / "r.tsv"]
+    assert "draws were fixed beforehand" in refused("replay", f"{iss}.npz", *small)
+    assert "the record is exhausted" in refused("replay", recorded, "--out", tmp_path / "r.tsv")
+    options = ["--n", 300, "--out", tmp_path / "r.tsv"]
+    said = refused("replay", recorded, "--sampler", "record", *options, code=2)
+    assert "makes no certificates" in said
+    said = refused("replay", recorded, *small, "--readout", "soft", code=2)
+    assert "--readout is of records of several" in said
+    assert not (tmp_path / "r.tsv").exists()
+    assert "is the log of a run" in refused("replay", recorded, "--out", reference)
+
+
+def test_a_record_is_not_reported_and_another_alpha_is_replayed(reference, recorded, tmp_path):
+    """The errors name the command that does what was meant, and it does."""
+    assert f"python -m lib replay {recorded} " in refused("report", recorded)
+    said = refused(*SMALL, "--alpha", 0.01, "--out", reference)
+    assert f"python -m lib replay {reference}.npz" in said
+    done("replay", f"{reference}.npz", "--n0", 20, "--n", 300, "--out", tmp_path / "r.tsv")
+    assert "replay" not in refused(*SMALL, "--seed", 1, "--out", reference)
 
 
 def test_audit_tells_the_sound_from_the_unsound():

@@ -14,7 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from lib import data, zoo
-from lib.data import IDX, INFO, content_hash, examples, load
+from lib.data import IDX, INFO, content_hash, examples, info, load, name_of
 from lib.store.records import load_counts
 
 RNG = np.random.default_rng(0)
@@ -349,6 +349,69 @@ def test_imagenet_is_read_as_cohens_code_reads_it(tmp_path):
     before = content_hash(images)
     (tmp_path / "imagenet/val/n02/0.png").unlink()
     assert content_hash(load("imagenet", "test", root=tmp_path)[0]) != before
+
+
+def mine(path, **arrays):
+    """A file of images of one's own: six and four of 1x2x3 pixels in bytes, of classes 0, 1, 2."""
+    x = np.arange(60, dtype=np.uint8).reshape(10, 1, 2, 3)
+    y = np.arange(10) % 3
+    parts = {"x_train": x[:6], "y_train": y[:6], "x_test": x[6:], "y_test": y[6:]} | arrays
+    np.savez(path, **{name: array for name, array in parts.items() if array is not None})
+    return path
+
+
+def test_images_of_ones_own(tmp_path):
+    """Bytes or floats, one part or both; their name says what a network must know."""
+    path = mine(tmp_path / "mine.npz")
+    name = name_of(str(path))
+    assert name == "images-1x2x3-3"
+    assert (info(name).shape, info(name).classes) == ((1, 2, 3), 3)
+    images, labels = load(name, "test", path=path)
+    assert images.flatten().tolist() == pytest.approx((np.arange(36, 60) / 255).tolist())
+    assert (images.dtype, labels.tolist()) == (torch.float32, [0, 1, 2, 0])
+    assert len(load(name, "train", path=path)[0]) == 6
+    floats = (np.arange(36, 60) / 255).reshape(4, 1, 2, 3)
+    alone = mine(tmp_path / "alone.npz", x_train=None, y_train=None, x_test=floats, classes=5)
+    assert name_of(alone) == "images-1x2x3-5"
+    assert torch.equal(load("images-1x2x3-5", "test", path=alone)[0], images)
+    with pytest.raises(ValueError, match=r"alone\.npz is not images-1x2x3-2: .* classes below 2"):
+        load("images-1x2x3-2", "test", path=alone)
+    with pytest.raises(ValueError, match=r"alone\.npz must be an npz .* it lacks x_train"):
+        load(name, "train", path=alone)
+    with pytest.raises(ValueError, match="images of your own: give their file"):
+        load(name, "test")
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"x_test": np.zeros((4, 2, 3))}, r"x_test must have shape .*x\[:, None\]"),
+        ({"x_test": np.zeros((4, 8, 8, 3))}, r"channels first: x.transpose\(0, 3, 1, 2\)"),
+        ({"x_test": np.full((4, 1, 2, 3), 1.5)}, "x_test must be .* divide by 255.* got 1.5"),
+        ({"x_test": np.full((4, 1, 2, 3), np.nan)}, "x_test must be .* got nan"),
+        ({"x_test": np.zeros((4, 1, 2, 3), int)}, "x_test must be .* uint8.* got int64"),
+        ({"x_test": np.zeros((4, 1, 2, 4))}, "x_train and x_test must have images of one shape"),
+        ({"y_test": np.zeros((4, 1), int)}, r"y_test must be 4 whole numbers.*reshape\(-1\)"),
+        ({"y_test": np.zeros(4)}, "y_test must be 4 whole numbers.* of float64"),
+        ({"y_test": np.array([-1, 0, 1, 2])}, "y_test must be classes from 0: .* got -1 to 2"),
+        ({"classes": 2}, "y_train must be classes from 0 to 1 .* got 0 to 2"),
+        ({"y_test": None}, "mine.npz must be .* it lacks y_test, and holds x_train"),
+        ({"x_test": np.array([{}])}, "mine.npz must be .* allow_pickle"),
+    ],
+)
+def test_images_of_ones_own_that_do_not_fit_are_refused(tmp_path, arrays, message):
+    path = mine(tmp_path / "mine.npz", **arrays)
+    with pytest.raises(ValueError, match=message) as said:
+        name_of(path)
+    assert str(path) in str(said.value)
+
+
+def test_a_file_of_ones_own_that_is_none(tmp_path):
+    (tmp_path / "text.npz").write_text("text")
+    with pytest.raises(ValueError, match=r"text\.npz must be an npz of x_test"):
+        name_of(tmp_path / "text.npz")
+    with pytest.raises(FileNotFoundError, match=r"no\.npz does not exist"):
+        name_of(tmp_path / "no.npz")
 
 
 def test_examples_to_look_at():

@@ -1,10 +1,13 @@
 """Runs use the hardware: the blocks of adaptive samplers are full."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from lib.certify import certify
 from lib.engine import classifier, jobs
 from lib.engine.live import ModelCounts
 from lib.engine.settings import SETTINGS
@@ -111,6 +114,35 @@ def test_a_run_certifies_as_the_sampler_called_directly(sampler, tmp_path):
     assert [entry["predict"] for entry in found] == expected.prediction.tolist()
     assert [entry["radius"] for entry in found] == pytest.approx(expected.radius.tolist())
     assert (load_counts(task.path(".npz")).counts == source.votes).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model": lambda x: x}, "model must be a torch.nn.Module"),
+        ({"images": torch.zeros(4, 1, 4, 4, dtype=torch.uint8)}, "images: .* float32 .*255"),
+        ({"images": np.full((4, 1, 4, 4), 2, np.float32)}, "images: .* pixels in .*0, 1"),
+        ({"images": torch.zeros(4, 4, 4)}, "images: .* shape"),
+        ({"images": [torch.zeros(1, 4, 4)] * 4}, "images must be .* got list"),
+        ({"index": []}, "index must name at least one example"),
+        ({"sampler": certify}, r"sampler must be .*Certify\(n=100_000\); got certify"),
+        ({"sampler": Certify}, "sampler must be .* got Certify"),
+        ({"noise": 0.25}, r"noise must be .*Gaussian\(0.25\); got float"),
+    ],
+)
+def test_a_job_names_the_argument_that_it_cannot_use(tmp_path, change, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(job(Certify(20, 100), 4, tmp_path / "log"), **change)
+
+
+def test_a_job_takes_numpy_images_and_no_settings(tmp_path):
+    task = job(Certify(20, 100), 4, tmp_path / "log")
+    plain = dataclasses.replace(
+        task, images=task.images.numpy(), settings=None, out=tmp_path / "plain"
+    )
+    jobs.run(task)
+    jobs.run(plain)
+    assert (tmp_path / "log.npz").read_bytes() == (tmp_path / "plain.npz").read_bytes()
 
 
 def test_a_sampler_that_reckons_in_the_votes_it_is_given_spoils_no_record(tmp_path, monkeypatch):

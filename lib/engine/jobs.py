@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from lib.checks import check_labels, difference
+from lib.checks import check_images, check_labels, difference
 from lib.data import content_hash
 from lib.engine.processes import Group, own_cores, rank
 from lib.engine.settings import (
@@ -31,6 +31,7 @@ from lib.engine.settings import (
 )
 from lib.engine.stages import certify_group, drawn_of
 from lib.models import model_hash
+from lib.noise import Noise
 from lib.store.journal import Journal, read_journal
 from lib.store.logs import journal_table, write_log
 from lib.store.records import load_counts, save_counts
@@ -43,8 +44,8 @@ class Job:
     """What to certify.
 
     - model: nn.Module; name: what it is called in the record.
-    - images: float32 [N, channels, height, width] in [0, 1], or any object with len() and
-      content_hash() that gives as much when indexed by an int array.
+    - images: float32 [N, channels, height, width] in [0, 1], a tensor or a numpy array, or any
+      object with len() and content_hash() that gives as much when indexed by an int array.
     - labels: int64 [N] of the whole data set.
     - index: int [B], the examples to certify, ascending.
     - sampler: as those of lib.samplers (first, most, fixed, describe(), and a call).
@@ -52,13 +53,13 @@ class Job:
     - seed: of the noise.
     - out: path of the log.
     - settings: flat dict of what else is to be kept in the record and compared when the run is
-      resumed (data set, split, ...).
+      resumed (data set, split, ...), or None.
     - engine: arguments of BaseClassifier (device, dtype, block, layout, compile, ...), None or
       "auto" where it is to choose.
     - readouts: of a `model` that is an Ensemble, how its networks vote (lib.engine.readouts): the
       name of one, or a tuple of names, whose votes are recorded in one pass.
 
-    Raises ValueError naming index, labels, noise or readouts.
+    Raises ValueError naming model, images, labels, index, sampler, noise or readouts.
     """
 
     model: torch.nn.Module
@@ -75,8 +76,12 @@ class Job:
     readouts: str | tuple | None = None
 
     def __post_init__(self):
-        size = len(self.images)
-        index = check_labels(self.index, len(self.index), "index", size)
+        _check_parts(self)
+        object.__setattr__(self, "images", _checked_images(self.images))
+        size, index = len(self.images), np.asarray(self.index)
+        if not index.size:
+            raise ValueError("index must name at least one example; got none")
+        index = check_labels(index, index.size, "index", size)
         if (np.diff(index) <= 0).any():
             raise ValueError("index must be ascending, each example once")
         if self.noise.size not in (None, len(index)):
@@ -97,7 +102,8 @@ class Job:
         object.__setattr__(self, "index", index)
         object.__setattr__(self, "labels", check_labels(np.asarray(self.labels), size, "labels"))
         object.__setattr__(self, "out", pathlib.Path(self.out))
-        object.__setattr__(self, "settings", self.settings | known)
+        object.__setattr__(self, "settings", (self.settings or {}) | known)
+        object.__setattr__(self, "engine", self.engine or {})
 
     def _checked_readouts(self):
         """The readouts as settings: {"readout": name} or {"readouts": [names]}."""
@@ -121,6 +127,38 @@ class Job:
 
     def shape(self):
         return tuple(self.images[self.index[:1]].shape[1:])
+
+
+def _check_parts(job):
+    """Refuse what is no network, sampler or noise, and say what to give."""
+    network, noise = isinstance(job.model, torch.nn.Module), isinstance(job.noise, Noise)
+    sampler = hasattr(job.sampler, "describe") and not isinstance(job.sampler, type)
+    for name, fits, remedy in (
+        ("model", network, "a torch.nn.Module from images to logits: wrap a function in one"),
+        ("sampler", sampler, "one of lib.samplers with its options, such as Certify(n=100_000)"),
+        ("noise", noise, "a distribution of lib.noise with its level, such as Gaussian(0.25)"),
+    ):
+        if not fits:
+            part = getattr(job, name)
+            got = getattr(part, "__name__", type(part).__name__)
+            raise ValueError(f"{name} must be {remedy}; got {got}")
+
+
+def _checked_images(images):
+    """Images as a run takes them. Raises ValueError naming images."""
+    if isinstance(images, np.ndarray):
+        images = torch.from_numpy(images)
+    if isinstance(images, torch.Tensor):
+        try:
+            check_images(images)
+        except ValueError as error:
+            raise ValueError(f"images: {error}") from error
+    elif not hasattr(images, "content_hash"):
+        raise ValueError(
+            "images must be float32 [N, channels, height, width] in [0, 1], a tensor or a numpy "
+            f"array (lists: torch.stack them); got {type(images).__name__}"
+        )
+    return images
 
 
 def run(job):
@@ -249,7 +287,7 @@ def _continued(job, journal):
     if old | ({"sampler": new["sampler"]} if extended else {}) != new:
         raise ValueError(
             f"{job.out} was made with {difference(old, new)}: use the old setting, or give another "
-            "--out"
+            f"--out{_replay_instead(job, old)}"
         )
     if foreign := sorted(set(journal.entries) - set(job.index.tolist())):
         raise ValueError(
@@ -259,6 +297,15 @@ def _continued(job, journal):
     check_engine(job, made["engine"])
     _check_results(job, journal)
     return made | {"settings": new}
+
+
+def _replay_instead(job, old):
+    """What to do where the run's record answers what is asked: only the sampler is another."""
+    fixed, record = {"sampler", "fixed_draws"}, job.path(".npz")
+    same = all(old.get(name) == value for name, value in job.settings.items() if name not in fixed)
+    if not (same and job.certifies and old.get("fixed_draws") and record.exists()):
+        return ""
+    return f". Or replay its votes under another sampler, n or alpha: python -m lib replay {record}"
 
 
 def _extends(job, old, new):

@@ -1,5 +1,7 @@
 """Certification logs: tab-separated, as Cohen et al.'s code writes them."""
 
+import pathlib
+
 import numpy as np
 import pandas as pd
 
@@ -10,15 +12,22 @@ LOG_COLUMNS = ["idx", "label", "predict", "radius", "correct", "time"]
 TRUTH = {"True": "1", "False": "0", "1.0": "1", "0.0": "0"}
 
 
-def write_log(path, table):
+def write_log(path, table, replace=True):
     """Write a log, whole or not at all: LOG_COLUMNS, then `n` where the table has it.
 
     - table: DataFrame with these columns; predict is -1 where abstained, radius float64 (written
       in full: rounding could make it larger), time in seconds (written h:mm:ss.ffffff).
+    - replace: whether a file of other content may be written over; False: a ValueError.
     """
     columns = [*LOG_COLUMNS, *(["n"] if "n" in table else [])]
     rows = [log_line(row) for row in table[columns].to_dict("records")]
-    write_atomically(path, ("\t".join(columns) + "\n" + "".join(rows)).encode())
+    data = ("\t".join(columns) + "\n" + "".join(rows)).encode()
+    path = pathlib.Path(path)
+    if not replace and path.exists() and path.read_bytes() != data:
+        raise ValueError(
+            f"{path} exists and holds something else: give another --out, or move it away"
+        )
+    write_atomically(path, data)
 
 
 def journal_table(entries):
@@ -60,6 +69,11 @@ def read_log(path):
     data = read_bytes(path, "give the path of a tab-separated certification log")
     if data.startswith(b'{"run":'):
         return journal_table(read_journal(path)[1].values())
+    if data.startswith(b"PK"):  # an archive
+        raise ValueError(
+            f"{path} is no log. If it is a record of votes, certify from it: "
+            f"python -m lib replay {path} --sampler certify --out LOG"
+        )
     names, rows = _cells(path, data.decode("utf-8-sig", errors="replace"))
     table = _parsed(path, pd.DataFrame(rows, columns=names))
     repeated = table["idx"][table["idx"].duplicated()]
