@@ -35,6 +35,7 @@ from lib.noise import NOISES
 from lib.options import (
     Engine,
     Examples,
+    check_report,
     check_sigma_file,
     load_ensemble,
     load_levels,
@@ -366,12 +367,13 @@ def report(
     as_json: AsJson = False,
     png: Annotated[
         pathlib.Path | None,
-        typer.Option(help="Also draw certified accuracy over the radius into this file."),
+        typer.Option(help="Also draw certified accuracy over the radius into this file (.png)."),
     ] = None,
 ):
     """Report what logs certify: ACR, certified accuracy at radii, abstentions, draws, time."""
     if csv + latex + markdown + as_json > 1:
         raise typer.BadParameter("take one of --csv, --latex, --markdown, --json")
+    check_report(logs, png)
     read = {str(path): read_log(path) for path in logs}
     try:
         table = summarize(read, None if radii is None else [float(r) for r in radii.split(",")])

@@ -170,6 +170,23 @@ def take(options, group, name=None):
     return group.make(name, **own)
 
 
+def check_suffix(path, suffix, option="--out"):
+    """Refuse to write a file of a kind that its name does not tell."""
+    if path.suffix != suffix:
+        raise typer.BadParameter(f"{option} must end in {suffix}; got {path}")
+
+
+def check_report(logs, png):
+    """Refuse a log given twice, and a picture that would overwrite one."""
+    files = [path.resolve() for path in logs]
+    if twice := [str(path) for i, path in enumerate(logs) if files[i] in files[:i]]:
+        raise typer.BadParameter(f"{twice[0]} is given twice: give each log once")
+    if png is not None:
+        check_suffix(png, ".png", "--png")
+        if png.resolve() in files:
+            raise typer.BadParameter(f"--png {png} is one of the logs: give another file")
+
+
 def load_model(spec, architecture=None, data=None):
     """(module, header) of a checkpoint file or of a network of the zoo."""
     if pathlib.Path(spec).is_file():

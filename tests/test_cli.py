@@ -738,6 +738,26 @@ def test_a_report_in_every_form(reference, tmp_path):
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("a.png --png a.png", "--png a.png is one of the logs"),
+        ("a.png --png ./a.png", "is one of the logs"),
+        ("a.png --png a.pdf", "--png must end in .png; got a.pdf"),
+        ("a.png ./a.png", "a.png is given twice"),
+    ],
+)
+def test_a_report_overwrites_no_log_and_counts_none_twice(
+    reference, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("a.png").write_bytes(reference.read_bytes())
+    said = refused("report", *arguments.split(), code=2)
+    assert message in " ".join(said.replace("│", " ").split())
+    assert pathlib.Path("a.png").read_bytes() == reference.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png"]
+
+
 def test_info(reference, tmp_path):
     found = json.loads(done("info", f"{reference}.npz", "--json"))
     assert (found["kind"], found["examples"], found["votes"]) == ("record", 12, 12 * 320)
