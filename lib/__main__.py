@@ -93,8 +93,11 @@ def _main(
     logging.getLogger("lib").setLevel(logging.INFO)
 
 
-def command(*groups):
-    """A subcommand with the options of these groups, whose errors are one line and exit code 1."""
+def command(*groups, resumes=False):
+    """A subcommand with the options of these groups, whose errors are one line and exit code 1.
+
+    - resumes: whether the same command continues what was interrupted, or begins anew.
+    """
 
     def decorate(function):
         offered = with_options(function, groups)
@@ -109,7 +112,8 @@ def command(*groups):
                 _print_error(error)
                 raise SystemExit(1) from error
             except KeyboardInterrupt:
-                print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
+                then = "continues where it stopped" if resumes else "begins anew"
+                print(f"\ninterrupted: the same command {then}", file=sys.stderr)
                 raise SystemExit(130) from None
 
         return app.command()(guarded)
@@ -127,7 +131,7 @@ def _print_error(error):
     print(f"error{where}: {text}", file=sys.stderr)
 
 
-@command(NOISES, SAMPLERS, Examples, Engine)
+@command(NOISES, SAMPLERS, Examples, Engine, resumes=True)
 def certify(
     model: Annotated[
         list[str],
@@ -264,7 +268,8 @@ def sigma(
 ):
     """Find a noise level for each image (Alfarra et al. 2022, algorithm 1).
 
-    `certify --sigma-file` then certifies each image at its level, with fresh noise.
+    `certify --sigma-file` then certifies each image at its level, with fresh noise. The file is
+    written at the end: interrupted, the same command begins anew. A finished file is left as it is.
     """
     network, header = load_model(model, architecture, data)
     ascent, engine = take(options, Ascent), take(options, Engine)
@@ -274,9 +279,8 @@ def sigma(
     settings = {"data": header["data"], "split": examples.split}
     found = search(
         network, model, images, index, sigma0, ascent, NOISES[noise], seed, settings,
-        engine.settings(),
+        engine.settings(), out,
     )  # fmt: skip
-    found.save(out)
     last = found.levels[-1]
     _say(
         f"{out}: {len(index)} levels after {ascent.steps} steps from {sigma0}, "
@@ -284,7 +288,7 @@ def sigma(
     )
 
 
-@command(NOISES, LOSSES, Schedule)
+@command(NOISES, LOSSES, Schedule, resumes=True)
 def train(
     out: Annotated[pathlib.Path, typer.Option(help="Checkpoint to write after each epoch.")],
     data: Data = "digits",

@@ -7,6 +7,7 @@ its choice of the level is itself certified.
 """
 
 import dataclasses
+import pathlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -26,6 +27,7 @@ from lib.checks import (
     check_noise,
     check_seed,
     check_sigma,
+    difference,
 )
 from lib.data import content_hash
 from lib.engine.admission import copy_with_shared_weights, evaluating, logits_of
@@ -112,11 +114,28 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Ascent:
-    """The options of algorithm 1 (`optimize_sigma`) on the command line."""
+    """The options of algorithm 1 (`optimize_sigma`) on the command line.
 
-    steps: int = option(900, "Steps of the search (K of the paper).")
+    Raises ValueError naming the option; `steps` must be a multiple of 100.
+    """
+
+    steps: int = option(900, "Steps of the search (K of the paper), a multiple of 100.")
     lr: float = option(1e-4, "Size of a step.")
     n: int = option(1, "Noisy copies per step.")
+
+    def __post_init__(self):
+        check_draws(steps=self.steps, n=self.n)
+        _check_rate(self.lr)
+        if self.steps % EVERY:
+            raise ValueError(
+                f"steps must be a multiple of {EVERY}, after each of which the levels are kept; "
+                f"got {self.steps}"
+            )
+
+
+def _check_rate(lr):
+    if not 0 < lr < np.inf:
+        raise ValueError(f"lr must be a step size > 0, such as 1e-4; got {lr!r}")
 
 
 def mean_scores(network, x, scale, unit, objective):
@@ -173,8 +192,7 @@ def optimize_sigma(
     if steps != 0:
         check_draws(steps=steps)
     check_draws(n=n)
-    if not 0 < lr < np.inf:
-        raise ValueError(f"lr must be a step size > 0, such as 1e-4; got {lr!r}")
+    _check_rate(lr)
     search = _Search(model, x, sigma0, n, objective or Objective(), index, seed)
 
     def path_of(rows):
@@ -369,7 +387,7 @@ class SigmaPath:
 
 def search(
     model, name, images, index, sigma0, ascent=None, noise=Gaussian, seed=0, settings=None,
-    engine=None,
+    engine=None, path=None,
 ):  # fmt: skip
     """Run algorithm 1 on some images of a data set and return the SigmaPath with its provenance.
 
@@ -377,22 +395,41 @@ def search(
     - images: float32 [N, ...] in [0, 1], the whole data set. index: int [B], those to search for.
     - sigma0: the level to start from. ascent: Ascent. noise: class of `lib.noise`. seed: of it.
     - settings: what else the header holds. engine: arguments of BaseClassifier.
+    - path: of the file to write at the end; one that this search has written is left as it is.
 
-    Raises ValueError naming steps where they are no multiple of 100.
+    Raises ValueError where the file is of another search.
     """
-    ascent = ascent or Ascent()
-    if ascent.steps % EVERY:
-        raise ValueError(f"steps must be a multiple of {EVERY}; got {ascent.steps}")
+    ascent, engine = ascent or Ascent(), engine or {}
     x = images[np.asarray(index)]
-    base = BaseClassifier(model, x.shape[1:], **{"compile": False} | (engine or {}))
+    base = BaseClassifier(model, x.shape[1:], **{"compile": False} | engine)
     options, goal = dataclasses.asdict(ascent), Objective(noise=noise)
+    made = (settings or {}) | options | {"sigma0": sigma0, "seed": seed, "noise": noise.name}
+    made |= {"model_sha256": model_hash(model), "data_sha256": content_hash(images)}
+    if path is not None and pathlib.Path(path).exists():
+        asked = {k for k, v in engine.items() if v not in (None, "auto")}
+        made |= {k: v for k, v in base.settings.items() if k in asked}
+        return _same_search(path, made, index)
     _, levels = optimize_sigma(
         base, x, sigma0, **options, objective=goal, index=index, seed=seed, return_path=True
     )
-    header = (settings or {}) | options | base.settings
-    header |= {"model": name, "model_sha256": model_hash(model), "sigma0": sigma0, "seed": seed}
-    header |= {"data_sha256": content_hash(images), "noise": noise.name}
-    return SigmaPath(levels, np.asarray(index), nearest_distances(x), header)
+    header = made | base.settings | {"model": name}
+    found = SigmaPath(levels, np.asarray(index), nearest_distances(x), header)
+    if path is not None:
+        found.save(path)
+    return found
+
+
+def _same_search(path, made, index):
+    """The SigmaPath of a file; a ValueError where it is of another search, or of none."""
+    found = load_sigma(path)
+    old = {name: found.header.get(name) for name in made} | {"index": found.index.tolist()}
+    new = made | {"index": np.asarray(index).tolist()}
+    if old != new:
+        raise ValueError(
+            f"{path} was made with {difference(old, new)}: use the old setting, or give another "
+            "--out"
+        )
+    return found
 
 
 def load_sigma(path, **expected):
