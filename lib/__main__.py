@@ -8,7 +8,6 @@ import json
 import logging
 import pathlib
 import sys
-import time
 from typing import Annotated, Literal
 
 import numpy as np
@@ -206,14 +205,9 @@ def certify(
         engine.settings(),
         ensemble_readout(network).name if isinstance(network, Ensemble) else None,
     )
-    begin = time.perf_counter()
-    done = run(job)
+    files = f"{out}, record {out}.npz" if job.certifies else f"record {out}.npz"
+    run(job, lambda text: _say(f"{text}: {files}"))
     if rank()[0] == 0:
-        _say(
-            f"{done} examples certified in {time.perf_counter() - begin:.1f} s, "
-            f"{len(index) - done} were done before: "
-            f"{f'{out}, record ' if job.certifies else ''}{out}.npz"
-        )
         if standard := getattr(job_sampler, "standard", None):
             mean = float(read_log(out)["n"].mean())
             _say(

@@ -452,13 +452,27 @@ def test_a_finished_run_is_continued(reference, tmp_path):
     out, whole = tmp_path / "o.tsv", tmp_path / "whole.tsv"
     done(*SMALL, "--out", out)
     done(*arguments, "--n", 300, "--stop", 20, "--out", out)
-    assert "20 examples certified" in call(*arguments, "--n", 500, "--stop", 20, "--out", out)[2]
+    said = call(*arguments, "--n", 500, "--stop", 20, "--out", out)[2]
+    assert "20 examples continued from 320 to 520 draws in " in said
+    assert "0 were done before" in said
     done(*arguments, "--n", 500, "--stop", 20, "--out", whole)
     assert without_time(out) == without_time(whole)
     assert pathlib.Path(f"{out}.npz").read_bytes() == pathlib.Path(f"{whole}.npz").read_bytes()
     iss = [*arguments, "--sampler", "iss", "--stop", 12, "--out", tmp_path / "iss.tsv"]
     done(*iss, "--n", 300)
     assert "n = 300, not 500" in refused(*iss, "--n", 500)
+    both = call(*arguments, "--n", 600, "--stop", 22, "--out", out)[2]
+    assert "2 examples certified and 20 examples continued from 520 to 620 draws in " in both
+
+
+def test_the_time_of_a_continued_example_is_that_of_all_its_draws(tmp_path):
+    arguments = [a for a in SMALL if a not in ("--n", "300")]
+    out = tmp_path / "o.tsv"
+    done(*arguments, "--n", 300, "--out", out)
+    made, entries = read_journal(f"{out}.journal")
+    write_journal(f"{out}.journal", made, [e | {"time": 1000.0} for e in entries.values()])
+    done(*arguments, "--n", 400, "--out", out)
+    assert (pd.to_timedelta(pd.read_csv(out, sep="\t")["time"]).dt.total_seconds() > 1000).all()
 
 
 def test_a_running_journal_is_reported(reference, tmp_path):
@@ -952,7 +966,7 @@ def test_wrong_usage(arguments, code, message, tmp_path, monkeypatch):
 
 
 def test_an_error_of_torch_is_one_line(tmp_path, monkeypatch):
-    def fails(job):
+    def fails(job, say):
         raise RuntimeError("out of memory\nat length")
 
     monkeypatch.setattr(cli, "run", fails)
