@@ -40,6 +40,8 @@ from lib.options import (
     load_levels,
     load_model,
     take,
+    take_all,
+    usage_error,
     with_options,
 )
 from lib.recipes import Recipe, quantize_network
@@ -108,6 +110,8 @@ def command(*groups, resumes=False):
             except (ValueError, OSError, RuntimeError) as error:
                 if _options["debug"]:
                     raise
+                if wrong := usage_error(error, offered, kwargs):
+                    raise wrong from error
                 _print_error(error)
                 raise SystemExit(1) from error
             except KeyboardInterrupt:
@@ -176,14 +180,15 @@ def certify(
     Several processes: torchrun --nproc-per-node 2 -m lib certify ...
     """
     check_sigma_file(sigma_file, sigma_steps, noise, options)
+    chosen = [(SAMPLERS, sampler), (Examples, None), (Engine, None)]
+    chosen += [(NOISES, noise or "Gaussian")] if sigma_file is None else []
+    job_sampler, examples, engine, *smoothing = take_all(options, *chosen)
     network, header = load_ensemble(model, vote, weights, consensus, architecture, data)
-    if sigma_file is None:
-        smoothing = take(options, NOISES, noise or "Gaussian")
-    job_sampler = take(options, SAMPLERS, sampler)
-    examples, engine = take(options, Examples), take(options, Engine)
     images, labels = datasets.load(header["data"], examples.split, path=data_path)
     index = examples.index(len(images))
-    if sigma_file is not None:
+    if smoothing:
+        (smoothing,) = smoothing
+    else:
         smoothing = load_levels(sigma_file, sigma_steps, network, images, index)
     settings = {
         "data": header["data"],
@@ -231,10 +236,10 @@ def audit(
 
     Exit code 1 where it fails. A sampler of your own: lib.audit.audit(sampler, noise).
     """
-    chosen = take(options, SAMPLERS, sampler)
+    chosen, smoothing = take_all(options, (SAMPLERS, sampler), (NOISES, noise))
     if not chosen.certifies:
         raise typer.BadParameter(f"sampler {sampler} makes no certificates")
-    table = audited(chosen, take(options, NOISES, noise), runs=runs, seed=seed)
+    table = audited(chosen, smoothing, runs=runs, seed=seed)
     found, most = verdict(table), worst(table)
     if as_json:
         rows = table.astype(object).where(table.notna(), None).to_dict("records")
@@ -265,9 +270,8 @@ def sigma(
     `certify --sigma-file` then certifies each image at its level, with fresh noise. The file is
     written at the end: interrupted, the same command begins anew. A finished file is left as it is.
     """
+    ascent, examples, engine = (take(options, group) for group in (Ascent, Examples, Engine))
     network, header = load_model(model, architecture, data)
-    ascent, engine = take(options, Ascent), take(options, Engine)
-    examples = take(options, Examples)
     images, _ = datasets.load(header["data"], examples.split, path=data_path)
     index = examples.index(len(images))
     settings = {"data": header["data"], "split": examples.split}
@@ -305,9 +309,10 @@ def train(
             "published scripts, certify the result here"
         )
     options.setdefault("augment", data == "cifar10")
-    described = NOISES.describe(take(options, NOISES, noise))
-    trained_with = LOSSES.describe(take(options, LOSSES, loss))
-    recipe = Recipe(architecture, data, described, trained_with, take(options, Schedule))
+    chosen = [(NOISES, noise), (LOSSES, loss), (Schedule, None)]
+    smoothing, trained_with, schedule = take_all(options, *chosen)
+    described = NOISES.describe(smoothing), LOSSES.describe(trained_with)
+    recipe = Recipe(architecture, data, *described, schedule)
     header = train_network(recipe, out, data_path, pick_device(device), half=False, say=_say)
     print(
         json.dumps(header)
