@@ -27,18 +27,20 @@ from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
 from lib.engine.readouts import ensemble_readout
 from lib.ensemble import VOTES, Ensemble
+from lib.inventory import facts_of, json_rows
 from lib.losses import LOSSES
 from lib.metrics import formatted, latex, summarize
-from lib.models import load_checkpoint, model_hash
 from lib.noise import NOISES
 from lib.options import (
     Engine,
     Examples,
     check_report,
     check_sigma_file,
+    check_suffix,
     load_ensemble,
     load_levels,
     load_model,
+    say_other_noise,
     take,
     take_all,
     usage_error,
@@ -48,9 +50,7 @@ from lib.recipes import Recipe, quantize_network
 from lib.recipes import train as train_network
 from lib.samplers import SAMPLERS
 from lib.sigma import Ascent, search
-from lib.store.files import read_bytes
 from lib.store.logs import read_log
-from lib.store.records import load_counts
 from lib.train import Schedule
 
 app = typer.Typer(
@@ -106,7 +106,11 @@ def command(*groups, resumes=False):
         @functools.wraps(offered)
         def guarded(*args, **kwargs):
             try:
-                return offered(*args, **kwargs)
+                result = offered(*args, **kwargs)
+                sys.stdout.flush()
+                return result
+            except BrokenPipeError:  # the reader, such as head, has enough: typer ends quietly
+                raise
             except (ValueError, OSError, RuntimeError) as error:
                 if _options["debug"]:
                     raise
@@ -196,6 +200,8 @@ def certify(
         "start": examples.start,
         "skip": examples.skip,
     }
+    if sigma_file is None and rank()[0] == 0:
+        say_other_noise(header, smoothing, _say)
     job = Job(
         network,
         " ".join(model),
@@ -288,7 +294,13 @@ def sigma(
 
 @command(NOISES, LOSSES, Schedule, resumes=True)
 def train(
-    out: Annotated[pathlib.Path, typer.Option(help="Checkpoint to write after each epoch.")],
+    out: Annotated[
+        pathlib.Path,
+        typer.Option(
+            help="Checkpoint to write after each epoch: NAME.safetensors. OUT.csv gets a line per "
+            "epoch; OUT.state, until the end, what resuming needs."
+        ),
+    ],
     data: Data = "digits",
     data_path: DataPath = None,
     architecture: Architecture = "small_cnn",
@@ -303,6 +315,8 @@ def train(
     Interrupted or killed, the same command continues after the last whole epoch, to the same
     weights.
     """
+    if not out.exists():  # one of another name may have been begun by an older version
+        check_suffix(out, ".safetensors")
     if data == "imagenet":
         raise ValueError(
             "data must be a data set that fits into memory (imagenet does not): train with the "
@@ -345,6 +359,7 @@ def quantize(
     """
     if out.exists():
         raise ValueError(f"{out} exists: a network is quantised once; give another --out")
+    check_suffix(out, ".safetensors")
     network, header = load_model(model, architecture, data)
     header |= {"name": pathlib.Path(model).name.removesuffix(".safetensors")}
     smoothing = take(options, NOISES, noise)
@@ -398,27 +413,18 @@ def report(
 
 @command()
 def info(
-    path: Annotated[pathlib.Path, typer.Argument(help="A checkpoint, a record (.npz) or a log.")],
+    path: Annotated[
+        pathlib.Path,
+        typer.Argument(help="A checkpoint, a record or a file of levels (.npz), or a log."),
+    ],
     architecture: Annotated[
         Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
     ] = None,
     data: Annotated[Data | None, typer.Option(help="Where the checkpoint does not say it.")] = None,
     as_json: AsJson = False,
 ):
-    """Say what a checkpoint, a record or a log holds."""
-    start = read_bytes(path, "give the path of a checkpoint, a record or a log")[:6]
-    if start.startswith(b"idx\t") or start == b'{"run"':
-        facts = {"kind": "log"} | _json_rows(summarize({str(path): read_log(path)}))[0]
-    elif path.suffix == ".npz":
-        record = load_counts(path)
-        size = {"examples": len(record.index), "classes": record.counts.shape[-1]}
-        facts = {"kind": "record"} | size | record.header | {"votes": int(record.counts.sum())}
-    else:
-        network, header = load_checkpoint(path, architecture, data)
-        weights = list(network.parameters()) or network.integers()
-        parameters = sum(tensor.numel() for tensor in weights)
-        facts = {"kind": "checkpoint"} | header
-        facts |= {"parameters": parameters, "model_sha256": model_hash(network)}
+    """Say what a checkpoint, a record, a file of levels or a log holds, and how it was made."""
+    facts = facts_of(path, architecture, data)
     if as_json:
         print(json.dumps(facts))
     else:
@@ -429,7 +435,7 @@ def info(
 def _print_report(table, as_json, style=None):
     """Print a table of `summarize` as JSON, "csv", "latex", "markdown", or for a terminal."""
     if as_json:
-        print(json.dumps(_json_rows(table)))
+        print(json.dumps(json_rows(table)))
     elif style == "csv":
         print(table.to_csv(lineterminator="\n"), end="")
     elif style == "latex":
@@ -452,11 +458,6 @@ def _print_report(table, as_json, style=None):
         # Into a file or a pipe the table is as wide as it is.
         console = Console()
         (console if console.is_terminal else Console(width=200)).print(shown)
-
-
-def _json_rows(table):
-    """The rows of a table as dicts for JSON, None where a log does not say."""
-    return table.astype(object).where(table.notna(), None).reset_index().to_dict("records")
 
 
 def _in_words(value):

@@ -20,6 +20,7 @@ from lib import zoo
 from lib.engine.classifier import DTYPES
 from lib.engine.hardware import pick_device
 from lib.ensemble import Ensemble
+from lib.inventory import in_words
 from lib.models import load_checkpoint, model_hash
 from lib.noise import NOISES
 from lib.sigma import load_sigma
@@ -239,7 +240,7 @@ def load_model(spec, architecture=None, data=None):
         network, header = load_checkpoint(spec, architecture, data)
     elif spec in zoo.MODELS:
         recipe = zoo.MODELS[spec]
-        header = {"architecture": recipe.architecture, "data": recipe.data}
+        header = {"architecture": recipe.architecture, "data": recipe.data, "noise": recipe.noise}
         network = zoo.model(spec)
     else:
         raise FileNotFoundError(_no_model(spec))
@@ -284,6 +285,19 @@ def load_ensemble(specs, vote, weights, consensus, architecture=None, data=None)
             f"--weights takes numbers between commas; got {weights}"
         ) from error
     return Ensemble(members, vote or "soft", weights, consensus), header
+
+
+def say_other_noise(header, noise, say):
+    """Say where a network was made for another noise than it is certified under."""
+    (header, *_) = header.get("members", [header])
+    made = header.get("noise")
+    if made is None and isinstance(header.get("sigma"), float):
+        made = {"name": "Gaussian", "sigma": header["sigma"]}
+    if made is not None and made != noise.describe():
+        say(
+            f"note: the network was made for noise {in_words(made)}, and is certified under "
+            f"{in_words(noise.describe())}"
+        )
 
 
 def load_levels(path, steps, network, images, index):

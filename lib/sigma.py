@@ -27,13 +27,13 @@ from lib.checks import (
     check_noise,
     check_seed,
     check_sigma,
-    difference,
 )
 from lib.data import content_hash
 from lib.engine.admission import copy_with_shared_weights, evaluating, logits_of
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import cores
 from lib.engine.live import ModelCounts
+from lib.engine.settings import changed
 from lib.models import model_hash
 from lib.noise import PURPOSES, Gaussian
 from lib.store.records import load_arrays, save_arrays
@@ -426,8 +426,7 @@ def _same_search(path, made, index):
     new = made | {"index": np.asarray(index).tolist()}
     if old != new:
         raise ValueError(
-            f"{path} was made with {difference(old, new)}: use the old setting, or give another "
-            "--out"
+            f"{path} was made with {changed(old, new)}: use the old setting, or give another --out"
         )
     return found
 
@@ -436,9 +435,12 @@ def load_sigma(path, **expected):
     """Read a SigmaPath, refusing damage and headers that do not agree with `expected`."""
     remedy = "name a file that `python -m lib sigma` wrote"
     header, arrays = load_arrays(path, remedy, ("levels", "index", "nearest"))
-    for name, value in expected.items():
-        if header.get(name) != value:
-            raise ValueError(f"{path} is of {name} = {header.get(name)!r}, not {value!r}")
+    old = {name: header.get(name) for name in expected}
+    if old != expected:
+        raise ValueError(
+            f"{path} was made with {changed(old, expected)}: name the file that `python -m lib "
+            "sigma` wrote for it, or search anew"
+        )
     index, levels = arrays["index"].astype(np.int64), arrays["levels"].astype(np.float64)
     levels[0] = header["sigma0"]
     return SigmaPath(levels, index, arrays["nearest"], header)

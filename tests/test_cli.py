@@ -310,7 +310,8 @@ def test_a_log_is_not_continued_with_other_settings(reference, option, named):
 
 def test_a_log_is_not_continued_with_another_network_or_engine(reference, tmp_path, monkeypatch):
     arguments = [a if a != "digits-cnn-sigma0.50" else "digits-cnn-sigma0.25" for a in SMALL]
-    assert "model_sha256 = " in refused(*arguments, "--out", reference)
+    said = refused(*arguments, "--out", reference)
+    assert "was made with another network (model_sha256 = " in said
     out = unfinished(reference, tmp_path, 1500)
     made, entries = read_journal(f"{out}.journal")
     made["engine"]["torch"] = "1.0"
@@ -347,15 +348,14 @@ def test_a_job_knows_its_network_images_noise_and_seed(tmp_path):
     assert jobs.run(job()) == 0
     record = load_counts(tmp_path / "x.npz", of="mine", model="mine")
     assert RecordedCounts(record).noise == Gaussian(0.5)
-    for name, change in {
-        "model_sha256": "digits-cnn-sigma0.25",
-        "data_sha256": 1 - images,
-        "sigma": 0.25,
-        "seed": 1,
-        "alpha": 0.02,
-    }.items():
-        argument = {"model_sha256": "model", "data_sha256": "images"}.get(name, name)
-        with pytest.raises(ValueError, match=f"was made with {name} = "):
+    for argument, change, said in (
+        ("model", "digits-cnn-sigma0.25", r"another network \(model_sha256 = "),
+        ("images", 1 - images, r"other images \(data_sha256 = "),
+        ("sigma", 0.25, "sigma = "),
+        ("seed", 1, "seed = "),
+        ("alpha", 0.02, "alpha = "),
+    ):
+        with pytest.raises(ValueError, match=f"was made with {said}"):
             jobs.run(job(**{argument: change}))
 
 
@@ -806,9 +806,54 @@ def test_info(reference, tmp_path):
         3818,
     )
     assert json.loads(done("info", PUBLISHED, "--json"))["examples"] == 500
+    # Of a log, and of a running one, also how it was made: by its journal, or else its record.
+    alone = tmp_path / "alone.tsv"
+    for end in ("", ".npz"):
+        pathlib.Path(f"{alone}{end}").write_bytes(pathlib.Path(f"{reference}{end}").read_bytes())
+    for path in (reference, f"{reference}.journal", alone):
+        found = json.loads(done("info", path, "--json"))
+        assert (found["kind"], found["examples"], found["block"]) == ("log", 12, 64)
+        assert found["sampler"] == {"name": "certify", "n0": 20, "n": 300, "alpha": 0.001}
+        assert found["noise"] == {"name": "Gaussian", "sigma": 0.5}
+    levels = ROOT / "data/sigmas/digits-cnn-sigma0.25.npz"
+    found = json.loads(done("info", levels, "--json"))
+    assert (found["kind"], found["examples"], found["sigma0"]) == ("levels", 360, 0.25)
     torch.save({"arch": "mlp", "state_dict": {}}, tmp_path / "c.tar")
     assert "missing: 1.weight" in refused("info", tmp_path / "c.tar", "--data", "digits")
     assert "noise            Gaussian, sigma 0.5" in done("info", f"{reference}.npz")
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """As in `info X | head -1`: a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lib", "info", PUBLISHED]
+    with os.fdopen(write, "wb") as pipe:
+        ran = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "note"),
+    [
+        ("digits-cnn-sigma0.50", "--sigma 0.25", "Gaussian sigma 0.5, and is certified under"),
+        ("digits-cnn-x20-sigma0.25", "--sigma 0.5", "Gaussian sigma 0.25, and is certified under"),
+        ("digits-cnn-sigma0.50", "--noise Uniform --half 1", "under Uniform half 1.0"),
+        ("digits-cnn-sigma0.50", "--sigma 0.5", None),
+        ("data/models/digits-cnn-sigma0.50.safetensors", "--sigma 0.5", None),
+    ],
+)
+def test_another_noise_than_the_networks_is_pointed_out(
+    tmp_path, monkeypatch, model, options, note
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "run", lambda job, say: None)
+    monkeypatch.setattr(cli, "read_log", lambda path: None)
+    monkeypatch.setattr(cli, "summarize", lambda logs: None)
+    monkeypatch.setattr(cli, "_print_report", lambda table, as_json: None)
+    said = call("certify", model, *options.split(), "--out", tmp_path / "o.tsv")[2]
+    assert "certified under" in said if note else said == ""
+    assert note is None or note in said
 
 
 TRAIN = ["train", "--architecture", "mlp", "--sigma", "0.25", "--epochs", "3", "--batch", "128"]
@@ -842,6 +887,8 @@ def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
     ]
     assert json.loads(done(*TRAIN, "--out", out, "--json"))["epoch"] == 3
     assert "sigma = 0.25, not 0.5" in refused(*TRAIN, "--sigma", 0.5, "--out", out)
+    old = out.rename(tmp_path / "old.pth")  # a name that a new training may not take
+    assert json.loads(done(*TRAIN, "--out", old, "--json"))["epoch"] == 3
 
 
 @pytest.mark.parametrize(
@@ -932,7 +979,7 @@ def test_a_trained_network_is_certified(tmp_path):
         ("audit --sigma 1 --runs 0", 2, "--runs must be at least 1"),
         ("sigma digits-cnn-sigma0.50 --sigma0 1 --steps 20 --out x", 2, "--steps must be a mult"),
         ("sigma digits-cnn-sigma0.50 --sigma0 99 --out x", 2, "--sigma0 must lie in"),
-        ("train --sigma 1 --epochs 0 --out x", 2, "--epochs must be at least 1"),
+        ("train --sigma 1 --epochs 0 --out x.safetensors", 2, "--epochs must be at least 1"),
         (
             "certify digits-cnn-sigma0.50 --sigma 1 --sampler adaptive --stages a --out x",
             2,
@@ -981,10 +1028,16 @@ def test_a_trained_network_is_certified(tmp_path):
             "--radii takes numbers",
         ),
         ("info nowhere", 1, "nowhere does not exist"),
-        ("info Makefile", 1, "is damaged or no checkpoint"),
-        ("train --sigma 1 --architecture resnet18 --out x", 1, "takes images of 3 channels"),
+        ("info Makefile", 1, "Makefile is neither a checkpoint, a record (.npz), a file of levels"),
+        ("train --sigma 1 --out x.pth", 2, "--out must end in .safetensors; got x.pth"),
+        ("quantize digits-cnn-sigma0.50 --sigma 1 --out x", 2, "--out must end in .safetensors"),
         (
-            "train --sigma 1 --data imagenet --out x",
+            "train --sigma 1 --architecture resnet18 --out x.safetensors",
+            1,
+            "takes images of 3 channels",
+        ),
+        (
+            "train --sigma 1 --data imagenet --out x.safetensors",
             2,
             "--data must be a data set that fits into memory",
         ),

@@ -467,7 +467,8 @@ def test_certify_refuses_a_sigma_file_of_another_network(sigma_file, tmp_path):
     base = ["certify", "digits-cnn-sigma0.50", "--sigma-file", str(sigma_file), "--stop", "3"]
     result = CliRunner().invoke(cli.app, [*base, "--out", str(tmp_path / "log")])
     assert result.exit_code == 1
-    assert "model_sha256 = " in result.stderr
+    assert "was made with another network (model_sha256 = " in result.stderr
+    assert "or search anew" in result.stderr
 
 
 @pytest.mark.parametrize(

@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from lib.checks import check_labels, difference
+from lib.checks import check_labels
 from lib.data import content_hash
 from lib.engine.processes import Group, own_cores, rank
 from lib.engine.settings import (
     SETTINGS,
+    changed,
     check_engine,
     choose_engine,
     machine_types,
@@ -161,8 +162,8 @@ def run(job, say=None):
 
         plan = group.agree("prepared", prepare)
         if job.settings != plan["settings"]:
-            changed = difference(plan["settings"], job.settings)
-            raise ValueError(f"rank {me} has other settings than rank 0: {changed}")
+            found = changed(plan["settings"], job.settings)
+            raise ValueError(f"rank {me} has other settings than rank 0: {found}")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         torch.set_num_threads(max(1, own_cores() // local))
         journal = opened.get("journal") or stack.enter_context(
@@ -275,7 +276,7 @@ def _continued(job, journal):
     extended = _extends(job, old["sampler"], new["sampler"])
     if old | ({"sampler": new["sampler"]} if extended else {}) != new:
         raise ValueError(
-            f"{job.out} was made with {difference(old, new)}: use the old setting, or give another "
+            f"{job.out} was made with {changed(old, new)}: use the old setting, or give another "
             "--out"
         )
     if foreign := sorted(set(journal.entries) - set(job.index.tolist())):

@@ -12,8 +12,16 @@ from lib.engine.processes import own_cores, rank
 from lib.engine.readouts import Panel
 
 messages = logging.getLogger("lib")
+HASHES = {"model_sha256": "another network", "data_sha256": "other images"}
 # What `BaseClassifier.settings` says.
 SETTINGS = ("device", "processor", "dtype", "block", "layout", "folded", "compiled", "torch")
+
+
+def changed(old, new):
+    """How what was made differs from what is asked for, in words: "another network (...)"."""
+    text = difference(old, new)
+    what = HASHES.get(text.split()[0])
+    return f"{what} ({text})" if what else text
 
 
 def choose_engine(job):
