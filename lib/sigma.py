@@ -14,7 +14,6 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import torch
 from torch.special import ndtri
-from tqdm.auto import tqdm
 
 from lib.bounds import clopper_pearson_lower
 from lib.certify import ABSTAIN, Certificates, certify, votes_for
@@ -33,6 +32,7 @@ from lib.engine.admission import copy_with_shared_weights, evaluating, logits_of
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import cores
 from lib.engine.live import ModelCounts
+from lib.engine.progress import progress_bar
 from lib.engine.settings import changed
 from lib.models import model_hash
 from lib.noise import PURPOSES, Gaussian
@@ -320,9 +320,8 @@ class _Search:
     def run(self, work, progress):
         """The results of work(rows) for groups of examples, each a block, in order; one a core."""
         groups = np.array_split(np.arange(len(self.x)), -(-len(self.x) // self.group))
-        bar = tqdm(total=len(self.x), unit=" inputs", delay=3, disable=progress is False)
         with (
-            bar,
+            progress_bar(len(self.x), " inputs", progress, delay=3) as bar,
             cores(1),
             ThreadPoolExecutor(
                 self.base.workers, initializer=torch.set_num_threads, initargs=(1,)

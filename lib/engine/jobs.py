@@ -17,11 +17,11 @@ import time
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from lib.checks import check_labels
 from lib.data import content_hash
 from lib.engine.processes import Group, own_cores, rank
+from lib.engine.progress import progress_bar
 from lib.engine.settings import (
     SETTINGS,
     changed,
@@ -345,8 +345,7 @@ def _work(job, plan, journal, mine, entries):
     # A fixed number of draws fills blocks by itself; of an adaptive sampler the first stage must.
     draws = job.sampler.most if job.sampler.fixed else job.sampler.first
     size = max(1, -(-BLOCKS * base.block // draws))
-    quiet = None if rank()[0] == 0 else True
-    with tqdm(total=len(mine), unit=" examples", disable=quiet, smoothing=0.05) as bar:
+    with progress_bar(len(mine), " examples", rank()[0] == 0, smoothing=0.05) as bar:
         for first in range(0, len(mine), size):
             group = mine[first : first + size]
             journal.append(certify_group(job, base, group, entries), made)

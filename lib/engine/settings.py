@@ -63,6 +63,8 @@ def open_base(job, engine):
     if rank()[0] == 0:
         chosen = ", ".join(f"{name} {value}" for name, value in engine.items())
         messages.info("counting with %s", chosen)
+        if engine["compiled"]:
+            messages.info("compiling the network, once: until then nothing is counted")
     begun, here = (part | {"processor": None} for part in (engine, base.settings))
     if begun != here:
         raise ValueError(
