@@ -10,7 +10,6 @@ import json
 import logging
 import pathlib
 import sys
-import time
 from typing import Annotated, Literal
 
 import numpy as np
@@ -31,27 +30,31 @@ from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
 from lib.engine.readouts import ensemble_readout
 from lib.ensemble import VOTES, Ensemble
+from lib.inventory import facts_of, json_rows
 from lib.losses import LOSSES
 from lib.metrics import formatted, latex, summarize
-from lib.models import load_checkpoint, model_hash
 from lib.noise import NOISES
 from lib.options import (
     Engine,
     Examples,
+    check_report,
     check_sigma_file,
+    check_suffix,
     data_file,
     data_set,
     load_ensemble,
     load_levels,
     load_model,
+    say_other_noise,
     take,
+    take_all,
+    usage_error,
     with_options,
 )
 from lib.recipes import Recipe, quantize_network
 from lib.recipes import train as train_network
 from lib.samplers import SAMPLERS
 from lib.sigma import Ascent, search
-from lib.store.files import read_bytes
 from lib.store.logs import read_log, write_log
 from lib.store.records import load_counts
 from lib.train import Schedule
@@ -101,8 +104,11 @@ def _main(
     logging.getLogger("lib").setLevel(logging.INFO)
 
 
-def command(*groups):
-    """A subcommand with the options of these groups, whose errors are one line and exit code 1."""
+def command(*groups, resumes=False):
+    """A subcommand with the options of these groups, whose errors are one line and exit code 1.
+
+    - resumes: whether the same command continues what was interrupted, or begins anew.
+    """
 
     def decorate(function):
         offered = with_options(function, groups)
@@ -110,14 +116,21 @@ def command(*groups):
         @functools.wraps(offered)
         def guarded(*args, **kwargs):
             try:
-                return offered(*args, **kwargs)
+                result = offered(*args, **kwargs)
+                sys.stdout.flush()
+                return result
+            except BrokenPipeError:  # the reader, such as head, has enough: typer ends quietly
+                raise
             except (ValueError, OSError, RuntimeError) as error:
                 if _options["debug"]:
                     raise
+                if wrong := usage_error(error, offered, kwargs):
+                    raise wrong from error
                 _print_error(error)
                 raise SystemExit(1) from error
             except KeyboardInterrupt:
-                print("\ninterrupted: the same command continues where it stopped", file=sys.stderr)
+                then = "continues where it stopped" if resumes else "begins anew"
+                print(f"\ninterrupted: the same command {then}", file=sys.stderr)
                 raise SystemExit(130) from None
 
         return app.command()(guarded)
@@ -135,7 +148,7 @@ def _print_error(error):
     print(f"error{where}: {text}", file=sys.stderr)
 
 
-@command(NOISES, SAMPLERS, Examples, Engine)
+@command(NOISES, SAMPLERS, Examples, Engine, resumes=True)
 def certify(
     model: Annotated[
         list[str],
@@ -181,14 +194,15 @@ def certify(
     Several processes: torchrun --nproc-per-node 2 -m lib certify ...
     """
     check_sigma_file(sigma_file, sigma_steps, noise, options)
+    chosen = [(SAMPLERS, sampler), (Examples, None), (Engine, None)]
+    chosen += [(NOISES, noise or "Gaussian")] if sigma_file is None else []
+    job_sampler, examples, engine, *smoothing = take_all(options, *chosen)
     network, header = load_ensemble(model, vote, weights, consensus, architecture, data)
-    if sigma_file is None:
-        smoothing = take(options, NOISES, noise or "Gaussian")
-    job_sampler = take(options, SAMPLERS, sampler)
-    examples, engine = take(options, Examples), take(options, Engine)
     images, labels = datasets.load(header["data"], examples.split, path=data_file(data, data_path))
     index = examples.index(len(images))
-    if sigma_file is not None:
+    if smoothing:
+        (smoothing,) = smoothing
+    else:
         smoothing = load_levels(sigma_file, sigma_steps, network, images, index)
     settings = {
         "data": header["data"],
@@ -196,6 +210,8 @@ def certify(
         "start": examples.start,
         "skip": examples.skip,
     }
+    if sigma_file is None and rank()[0] == 0:
+        say_other_noise(header, smoothing, _say)
     job = Job(
         network,
         " ".join(model),
@@ -210,14 +226,9 @@ def certify(
         engine.settings(),
         ensemble_readout(network).name if isinstance(network, Ensemble) else None,
     )
-    begin = time.perf_counter()
-    done = run(job)
+    files = f"{out}, record {out}.npz" if job.certifies else f"record {out}.npz"
+    run(job, lambda text: _say(f"{text}: {files}"))
     if rank()[0] == 0:
-        _say(
-            f"{done} examples certified in {time.perf_counter() - begin:.1f} s, "
-            f"{len(index) - done} were done before: "
-            f"{f'{out}, record ' if job.certifies else ''}{out}.npz"
-        )
         if standard := getattr(job_sampler, "standard", None):
             mean = float(read_log(out)["n"].mean())
             _say(
@@ -281,10 +292,10 @@ def audit(
 
     Exit code 1 where it fails. A sampler of your own: lib.audit.audit(sampler, noise).
     """
-    chosen = take(options, SAMPLERS, sampler)
+    chosen, smoothing = take_all(options, (SAMPLERS, sampler), (NOISES, noise))
     if not chosen.certifies:
         raise typer.BadParameter(f"sampler {sampler} makes no certificates")
-    table = audited(chosen, take(options, NOISES, noise), runs=runs, seed=seed)
+    table = audited(chosen, smoothing, runs=runs, seed=seed)
     found, most = verdict(table), worst(table)
     if as_json:
         rows = table.astype(object).where(table.notna(), None).to_dict("records")
@@ -312,19 +323,18 @@ def sigma(
 ):
     """Find a noise level for each image (Alfarra et al. 2022, algorithm 1).
 
-    `certify --sigma-file` then certifies each image at its level, with fresh noise.
+    `certify --sigma-file` then certifies each image at its level, with fresh noise. The file is
+    written at the end: interrupted, the same command begins anew. A finished file is left as it is.
     """
+    ascent, examples, engine = (take(options, group) for group in (Ascent, Examples, Engine))
     network, header = load_model(model, architecture, data)
-    ascent, engine = take(options, Ascent), take(options, Engine)
-    examples = take(options, Examples)
     images, _ = datasets.load(header["data"], examples.split, path=data_file(data, data_path))
     index = examples.index(len(images))
     settings = {"data": header["data"], "split": examples.split}
     found = search(
         network, model, images, index, sigma0, ascent, NOISES[noise], seed, settings,
-        engine.settings(),
+        engine.settings(), out,
     )  # fmt: skip
-    found.save(out)
     last = found.levels[-1]
     _say(
         f"{out}: {len(index)} levels after {ascent.steps} steps from {sigma0}, "
@@ -332,9 +342,15 @@ def sigma(
     )
 
 
-@command(NOISES, LOSSES, Schedule)
+@command(NOISES, LOSSES, Schedule, resumes=True)
 def train(
-    out: Annotated[pathlib.Path, typer.Option(help="Checkpoint to write after each epoch.")],
+    out: Annotated[
+        pathlib.Path,
+        typer.Option(
+            help="Checkpoint to write after each epoch: NAME.safetensors. OUT.csv gets a line per "
+            "epoch; OUT.state, until the end, what resuming needs."
+        ),
+    ],
     data: Annotated[
         str, typer.Option(help="Data set, or a file of your own images.", **_named)
     ] = "digits",
@@ -351,16 +367,19 @@ def train(
     Interrupted or killed, the same command continues after the last whole epoch, to the same
     weights.
     """
+    if not out.exists():  # one of another name may have been begun by an older version
+        check_suffix(out, ".safetensors")
     if data == "imagenet":
         raise ValueError(
             "data must be a data set that fits into memory (imagenet does not): train with the "
             "published scripts, certify the result here"
         )
     options.setdefault("augment", data == "cifar10")
-    described = NOISES.describe(take(options, NOISES, noise))
-    trained_with = LOSSES.describe(take(options, LOSSES, loss))
+    chosen = [(NOISES, noise), (LOSSES, loss), (Schedule, None)]
+    smoothing, trained_with, schedule = take_all(options, *chosen)
+    described = NOISES.describe(smoothing), LOSSES.describe(trained_with)
     name, data_path = datasets.name_of(data), data_file(data, data_path)
-    recipe = Recipe(architecture, name, described, trained_with, take(options, Schedule))
+    recipe = Recipe(architecture, name, *described, schedule)
     header = train_network(recipe, out, data_path, pick_device(device), half=False, say=_say)
     print(
         json.dumps(header)
@@ -393,6 +412,7 @@ def quantize(
     """
     if out.exists():
         raise ValueError(f"{out} exists: a network is quantised once; give another --out")
+    check_suffix(out, ".safetensors")
     network, header = load_model(model, architecture, data)
     header |= {"name": pathlib.Path(model).name.removesuffix(".safetensors")}
     smoothing = take(options, NOISES, noise)
@@ -419,12 +439,13 @@ def report(
     as_json: AsJson = False,
     png: Annotated[
         pathlib.Path | None,
-        typer.Option(help="Also draw certified accuracy over the radius into this file."),
+        typer.Option(help="Also draw certified accuracy over the radius into this file (.png)."),
     ] = None,
 ):
     """Report what logs certify: ACR, certified accuracy at radii, abstentions, draws, time."""
     if csv + latex + markdown + as_json > 1:
         raise typer.BadParameter("take one of --csv, --latex, --markdown, --json")
+    check_report(logs, png)
     read = {str(path): read_log(path) for path in logs}
     try:
         table = summarize(read, None if radii is None else [float(r) for r in radii.split(",")])
@@ -446,7 +467,10 @@ def report(
 
 @command()
 def info(
-    path: Annotated[pathlib.Path, typer.Argument(help="A checkpoint, a record (.npz) or a log.")],
+    path: Annotated[
+        pathlib.Path,
+        typer.Argument(help="A checkpoint, a record or a file of levels (.npz), or a log."),
+    ],
     architecture: Annotated[
         Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
     ] = None,
@@ -455,20 +479,8 @@ def info(
     ] = None,
     as_json: AsJson = False,
 ):
-    """Say what a checkpoint, a record or a log holds."""
-    start = read_bytes(path, "give the path of a checkpoint, a record or a log")[:6]
-    if start.startswith(b"idx\t") or start == b'{"run"':
-        facts = {"kind": "log"} | _json_rows(summarize({str(path): read_log(path)}))[0]
-    elif path.suffix == ".npz":
-        record = load_counts(path)
-        size = {"examples": len(record.index), "classes": record.counts.shape[-1]}
-        facts = {"kind": "record"} | size | record.header | {"votes": int(record.counts.sum())}
-    else:
-        network, header = load_checkpoint(path, architecture, datasets.name_of(data))
-        weights = list(network.parameters()) or network.integers()
-        parameters = sum(tensor.numel() for tensor in weights)
-        facts = {"kind": "checkpoint"} | header
-        facts |= {"parameters": parameters, "model_sha256": model_hash(network)}
+    """Say what a checkpoint, a record, a file of levels or a log holds, and how it was made."""
+    facts = facts_of(path, architecture, datasets.name_of(data))
     if as_json:
         print(json.dumps(facts))
     else:
@@ -479,7 +491,7 @@ def info(
 def _print_report(table, as_json, style=None):
     """Print a table of `summarize` as JSON, "csv", "latex", "markdown", or for a terminal."""
     if as_json:
-        print(json.dumps(_json_rows(table)))
+        print(json.dumps(json_rows(table)))
     elif style == "csv":
         print(table.to_csv(lineterminator="\n"), end="")
     elif style == "latex":
@@ -502,11 +514,6 @@ def _print_report(table, as_json, style=None):
         # Into a file or a pipe the table is as wide as it is.
         console = Console()
         (console if console.is_terminal else Console(width=200)).print(shown)
-
-
-def _json_rows(table):
-    """The rows of a table as dicts for JSON, None where a log does not say."""
-    return table.astype(object).where(table.notna(), None).reset_index().to_dict("records")
 
 
 def _in_words(value):

@@ -8,6 +8,8 @@ import dataclasses
 import functools
 import inspect
 import pathlib
+import re
+from difflib import get_close_matches
 from typing import Annotated, Literal
 
 import numpy as np
@@ -18,6 +20,7 @@ from lib import zoo
 from lib.engine.classifier import DTYPES
 from lib.engine.hardware import pick_device
 from lib.ensemble import Ensemble
+from lib.inventory import in_words
 from lib.models import load_checkpoint, model_hash
 from lib.noise import NOISES
 from lib.sigma import load_sigma
@@ -35,21 +38,20 @@ class Examples:
     max: int | None = option(None, "Stop at this index (as stop; -1: never).")
 
     def index(self, size):
-        """The indices of the chosen examples. Raises ValueError where there are none."""
-        if self.start < 0 or self.skip < 1:
-            raise ValueError(
-                f"start must be >= 0 and skip >= 1; got start = {self.start}, skip = {self.skip}"
-            )
+        """The indices of the chosen examples. Where there are none, the usage is wrong."""
+        if self.start < 0:
+            raise ValueError(f"start must be >= 0; got {self.start}")
+        if self.skip < 1:
+            raise ValueError(f"skip must be >= 1; got {self.skip}")
         if self.stop is not None and self.stop < 0:
             raise ValueError(f"stop must be >= 0, or be left out; got {self.stop}")
         ends = [end for end in (self.stop, self.max) if end is not None and end >= 0]
         index = np.arange(min([size, *ends]))
         index = index[(index >= self.start) & (index % self.skip == 0)]
         if not len(index):
-            raise ValueError(
-                f"start = {self.start}, stop = {self.stop}, skip = {self.skip}, max = {self.max} "
-                f"leave none of the {size} examples"
-            )
+            given = {"start": self.start, "stop": self.stop, "skip": self.skip, "max": self.max}
+            asked = ", ".join(f"{flag(k)} {v}" for k, v in given.items() if v is not None)
+            raise typer.BadParameter(f"{asked} leave none of the {size} examples")
         return index
 
 
@@ -90,7 +92,12 @@ def with_options(function, groups):
         return function(*args, **_given(kwargs, groups))
 
     own = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
-    every = {p.name: p for p in [*own, *(p for group in groups for p in parameters(group))]}
+    every = {p.name: p for p in own}
+    for parameter in (p for group in groups for p in parameters(group)):
+        first = every.setdefault(parameter.name, parameter)
+        if first is not parameter:  # an option of two groups
+            told, also = (p.annotation.__metadata__[0] for p in (first, parameter))
+            told.help = f"{told.help}; {also.help}"
     offered.__signature__ = inspect.Signature(list(every.values()))
     offered.__annotations__ = {name: p.annotation for name, p in every.items()}
     return offered
@@ -119,8 +126,7 @@ def parameters(group):
         choices = field.metadata.get("choices")
         kind = bool if field.type is bool or field.type == bool | None else None
         kind = kind or (Literal[*choices] if choices else _plain(field.type))
-        flag = name.replace("_", "-")
-        names = [f"--{flag}/--no-{flag}" if kind is bool else f"--{flag}"]
+        names = [f"{flag(name)}/--no-{flag(name)[2:]}" if kind is bool else flag(name)]
         names += [f"--{name.upper()}"] if name in ("n", "n0") else []
         annotation = Annotated[kind | None, typer.Option(*names, help=_help(group, owners))]
         yield inspect.Parameter(
@@ -159,15 +165,73 @@ def _plain(annotation):
 
 def take(options, group, name=None):
     """Make the member of a group that the options describe, and remove those options."""
-    own = {key: options.pop(key) for key in list(options) if key in fields(group)}
-    if name is None:
-        return group(**own)
-    needed = [f.name for f in dataclasses.fields(group[name]) if f.default is dataclasses.MISSING]
-    if missing := [key for key in needed if key not in own]:
-        raise typer.BadParameter(f"{group.kind} {name} needs --{missing[0]}")
-    if foreign := sorted(set(own) - {f.name for f in dataclasses.fields(group[name])}):
-        raise typer.BadParameter(f"{group.kind} {name} takes no {', '.join(foreign)}")
-    return group.make(name, **own)
+    (made,) = take_all(options, (group, name))
+    return made
+
+
+def take_all(options, *chosen):
+    """Make the members of several groups that the options describe, and remove those options.
+
+    - chosen: (group, name of one of its classes; of a dataclass None).
+
+    An option that several of them have goes to each.
+    """
+    classes = [group if name is None else group[name] for group, name in chosen]
+    taken = [{f.name: f for f in dataclasses.fields(cls)} for cls in classes]
+    for (group, name), own in zip(chosen, taken, strict=True):
+        needed = [k for k, f in own.items() if f.default is dataclasses.MISSING]
+        if missing := [key for key in needed if key not in options]:
+            raise typer.BadParameter(f"{group.kind} {name} needs {flag(missing[0])}")
+        for key, owners in fields(group).items():
+            if key in options and not any(key in each for each in taken):
+                has = ", ".join(map(flag, own)) or "none"
+                raise typer.BadParameter(
+                    f"{flag(key)} is not of the {group.kind} {name} (its options: {has}); "
+                    f"{flag(key)} is of {', '.join(owners)}"
+                )
+    made = [
+        cls(**{key: options[key] for key in own if key in options})
+        for cls, own in zip(classes, taken, strict=True)
+    ]
+    for key in {key for own in taken for key in own if key in options}:
+        del options[key]
+    return made
+
+
+def flag(name):
+    """An option as it is given."""
+    return f"--{name.replace('_', '-')}"
+
+
+def usage_error(error, function, given):
+    """The error of wrong usage behind a ValueError that says what an option must be, or None.
+
+    - function: the command, whose parameters are its options and arguments. given: their values.
+    """
+    found = re.match(r"(\w+) must ", str(error))
+    if not found or given.get(found[1]) is None:
+        return None
+    told = getattr(inspect.signature(function).parameters[found[1]].annotation, "__metadata__", ())
+    if any(isinstance(each, typer.models.ArgumentInfo) for each in told):
+        return None
+    return typer.BadParameter(str(error).replace(found[1], flag(found[1]), 1))
+
+
+def check_suffix(path, suffix, option="--out"):
+    """Refuse to write a file of a kind that its name does not tell."""
+    if path.suffix != suffix:
+        raise typer.BadParameter(f"{option} must end in {suffix}; got {path}")
+
+
+def check_report(logs, png):
+    """Refuse a log given twice, and a picture that would overwrite one."""
+    files = [path.resolve() for path in logs]
+    if twice := [str(path) for i, path in enumerate(logs) if files[i] in files[:i]]:
+        raise typer.BadParameter(f"{twice[0]} is given twice: give each log once")
+    if png is not None:
+        check_suffix(png, ".png", "--png")
+        if png.resolve() in files:
+            raise typer.BadParameter(f"--png {png} is one of the logs: give another file")
 
 
 def data_set(text):
@@ -197,11 +261,10 @@ def load_model(spec, architecture=None, data=None):
         network, header = load_checkpoint(spec, architecture, data)
     elif spec in zoo.MODELS:
         recipe = zoo.MODELS[spec]
-        header = {"architecture": recipe.architecture, "data": recipe.data}
+        header = {"architecture": recipe.architecture, "data": recipe.data, "noise": recipe.noise}
         network = zoo.model(spec)
     else:
-        names = ", ".join(zoo.MODELS)
-        raise FileNotFoundError(f"model {spec} is neither a file nor a name of the zoo ({names})")
+        raise FileNotFoundError(_no_model(spec))
     if not datasets.fits(data, header["data"]):
         raise ValueError(
             f"data must be {header['data']}, which {spec} was trained on, or be left out; "
@@ -211,6 +274,18 @@ def load_model(spec, architecture=None, data=None):
         facts = datasets.info(header["data"])
         header = header | {"data": datasets.own_name(facts.shape, facts.classes)}
     return network, header
+
+
+def _no_model(spec):
+    """Why there is no such network: it looks like a path, or like a name of the zoo."""
+    path = pathlib.Path(spec)
+    if path.is_dir():
+        return f"{spec} is a folder: give a checkpoint in it"
+    # The names of the zoo have points, too, before digits.
+    if "/" in spec or path.name != spec or path.suffix[1:2].isalpha():
+        return f"{spec} does not exist: give the path of a checkpoint, or a name of the zoo"
+    near = ", ".join(get_close_matches(spec, zoo.MODELS, 3, 0))
+    return f"model {spec} is neither a file nor a name of the zoo; the nearest names are {near}"
 
 
 def load_ensemble(specs, vote, weights, consensus, architecture=None, data=None):
@@ -225,11 +300,28 @@ def load_ensemble(specs, vote, weights, consensus, architecture=None, data=None)
     names = sorted({header["data"] for _, header in loaded})
     if len(names) > 1:
         raise ValueError(f"model must be networks of one data set; got {', '.join(names)}")
+    if (weights is not None) != (vote == "weighted"):
+        raise typer.BadParameter("--vote weighted and --weights must be given together")
     try:
         weights = None if weights is None else [float(weight) for weight in weights.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"--weights takes numbers between commas: {weights}") from error
+        raise typer.BadParameter(
+            f"--weights takes numbers between commas; got {weights}"
+        ) from error
     return Ensemble(members, vote or "soft", weights, consensus), header
+
+
+def say_other_noise(header, noise, say):
+    """Say where a network was made for another noise than it is certified under."""
+    (header, *_) = header.get("members", [header])
+    made = header.get("noise")
+    if made is None and isinstance(header.get("sigma"), float):
+        made = {"name": "Gaussian", "sigma": header["sigma"]}
+    if made is not None and made != noise.describe():
+        say(
+            f"note: the network was made for noise {in_words(made)}, and is certified under "
+            f"{in_words(noise.describe())}"
+        )
 
 
 def load_levels(path, steps, network, images, index):
@@ -257,5 +349,6 @@ def check_sigma_file(path, steps, noise, options):
         )
     own = [*(["noise"] if noise else []), *(name for name in options if name in fields(NOISES))]
     if path is not None and own:
-        flag = own[0].replace("_", "-")
-        raise typer.BadParameter(f"--sigma-file holds the noise and its levels: leave out --{flag}")
+        raise typer.BadParameter(
+            f"--sigma-file holds the noise and its levels: leave out {flag(own[0])}"
+        )

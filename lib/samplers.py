@@ -148,13 +148,14 @@ class RecordVotes(Sampler):
         )
 
 
-def _numbers(text, kind):
+def _numbers(kind, **option):
     """Numbers of an option: "100,1000", one number, or several, as a tuple."""
+    ((name, text),) = option.items()
     parts = text.split(",") if isinstance(text, str) else np.atleast_1d(text).tolist()
     try:
         return tuple(kind(part) for part in parts)
     except ValueError as error:
-        raise ValueError(f"an option must be numbers between commas; got {text!r}") from error
+        raise ValueError(f"{name} must be numbers between commas; got {text!r}") from error
 
 
 @register("margin")
@@ -221,8 +222,8 @@ class Adaptive(Sampler):
         object.__setattr__(self, "stages", ",".join(map(str, self.sizes)))
         object.__setattr__(self, "radius", repr(self.radii[0]))
 
-    sizes = property(lambda self: _numbers(self.stages, int))
-    radii = property(lambda self: _numbers(self.radius, float))
+    sizes = property(lambda self: _numbers(int, stages=self.stages))
+    radii = property(lambda self: _numbers(float, radius=self.radius))
     first = property(lambda self: self.n0)
     most = property(lambda self: self.n0 + sum(self.sizes))
 
@@ -264,7 +265,7 @@ class Anytime(Sampler):
         check_level(alpha=self.alpha, **({} if self.beta is None else {"beta": self.beta}))
         object.__setattr__(self, "radius", ",".join(map(repr, self.radii)))
 
-    radii = property(lambda self: _numbers(self.radius, float))
+    radii = property(lambda self: _numbers(float, radius=self.radius))
     first = property(lambda self: self.n0 if self.runner_up else min(100, self.n))
     # A cap above 1.35 n is needed for few n; the table of the radius says how much.
     most = property(lambda self: self.n0 + 2 * self.n)

@@ -7,13 +7,13 @@ its choice of the level is itself certified.
 """
 
 import dataclasses
+import pathlib
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch.special import ndtri
-from tqdm.auto import tqdm
 
 from lib.bounds import clopper_pearson_lower
 from lib.certify import ABSTAIN, Certificates, certify, votes_for
@@ -32,6 +32,8 @@ from lib.engine.admission import copy_with_shared_weights, evaluating, logits_of
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import cores
 from lib.engine.live import ModelCounts
+from lib.engine.progress import progress_bar
+from lib.engine.settings import changed
 from lib.models import model_hash
 from lib.noise import PURPOSES, Gaussian
 from lib.store.records import load_arrays, save_arrays
@@ -112,11 +114,28 @@ class Objective:
 
 @dataclasses.dataclass(frozen=True)
 class Ascent:
-    """The options of algorithm 1 (`optimize_sigma`) on the command line."""
+    """The options of algorithm 1 (`optimize_sigma`) on the command line.
 
-    steps: int = option(900, "Steps of the search (K of the paper).")
+    Raises ValueError naming the option; `steps` must be a multiple of 100.
+    """
+
+    steps: int = option(900, "Steps of the search (K of the paper), a multiple of 100.")
     lr: float = option(1e-4, "Size of a step.")
     n: int = option(1, "Noisy copies per step.")
+
+    def __post_init__(self):
+        check_draws(steps=self.steps, n=self.n)
+        _check_rate(self.lr)
+        if self.steps % EVERY:
+            raise ValueError(
+                f"steps must be a multiple of {EVERY}, after each of which the levels are kept; "
+                f"got {self.steps}"
+            )
+
+
+def _check_rate(lr):
+    if not 0 < lr < np.inf:
+        raise ValueError(f"lr must be a step size > 0, such as 1e-4; got {lr!r}")
 
 
 def mean_scores(network, x, scale, unit, objective):
@@ -174,8 +193,7 @@ def optimize_sigma(
         raise ValueError(f"steps must be a whole number >= 0 (0: no search); got {steps!r}")
     check_draws(n=n)
     check_choice((None, True, False), progress=progress)
-    if not 0 < lr < np.inf:
-        raise ValueError(f"lr must be a step size > 0, such as 1e-4; got {lr!r}")
+    _check_rate(lr)
     search = _Search(model, x, sigma0, n, objective or Objective(), index, seed)
 
     def path_of(rows):
@@ -303,9 +321,8 @@ class _Search:
     def run(self, work, progress):
         """The results of work(rows) for groups of examples, each a block, in order; one a core."""
         groups = np.array_split(np.arange(len(self.x)), -(-len(self.x) // self.group))
-        bar = tqdm(total=len(self.x), unit=" inputs", delay=3, disable=progress is False)
         with (
-            bar,
+            progress_bar(len(self.x), " inputs", progress, delay=3) as bar,
             cores(1),
             ThreadPoolExecutor(
                 self.base.workers, initializer=torch.set_num_threads, initargs=(1,)
@@ -370,7 +387,7 @@ class SigmaPath:
 
 def search(
     model, name, images, index, sigma0, ascent=None, noise=Gaussian, seed=0, settings=None,
-    engine=None,
+    engine=None, path=None,
 ):  # fmt: skip
     """Run algorithm 1 on some images of a data set and return the SigmaPath with its provenance.
 
@@ -378,31 +395,52 @@ def search(
     - images: float32 [N, ...] in [0, 1], the whole data set. index: int [B], those to search for.
     - sigma0: the level to start from. ascent: Ascent. noise: class of `lib.noise`. seed: of it.
     - settings: what else the header holds. engine: arguments of BaseClassifier.
+    - path: of the file to write at the end; one that this search has written is left as it is.
 
-    Raises ValueError naming steps where they are no multiple of 100.
+    Raises ValueError where the file is of another search.
     """
-    ascent = ascent or Ascent()
-    if ascent.steps % EVERY:
-        raise ValueError(f"steps must be a multiple of {EVERY}; got {ascent.steps}")
+    ascent, engine = ascent or Ascent(), engine or {}
     x = images[np.asarray(index)]
-    base = BaseClassifier(model, x.shape[1:], **{"compile": False} | (engine or {}))
+    base = BaseClassifier(model, x.shape[1:], **{"compile": False} | engine)
     options, goal = dataclasses.asdict(ascent), Objective(noise=noise)
+    made = (settings or {}) | options | {"sigma0": sigma0, "seed": seed, "noise": noise.name}
+    made |= {"model_sha256": model_hash(model), "data_sha256": content_hash(images)}
+    if path is not None and pathlib.Path(path).exists():
+        asked = {k for k, v in engine.items() if v not in (None, "auto")}
+        made |= {k: v for k, v in base.settings.items() if k in asked}
+        return _same_search(path, made, index)
     _, levels = optimize_sigma(
         base, x, sigma0, **options, objective=goal, index=index, seed=seed, return_path=True
     )
-    header = (settings or {}) | options | base.settings
-    header |= {"model": name, "model_sha256": model_hash(model), "sigma0": sigma0, "seed": seed}
-    header |= {"data_sha256": content_hash(images), "noise": noise.name}
-    return SigmaPath(levels, np.asarray(index), nearest_distances(x), header)
+    header = made | base.settings | {"model": name}
+    found = SigmaPath(levels, np.asarray(index), nearest_distances(x), header)
+    if path is not None:
+        found.save(path)
+    return found
+
+
+def _same_search(path, made, index):
+    """The SigmaPath of a file; a ValueError where it is of another search, or of none."""
+    found = load_sigma(path)
+    old = {name: found.header.get(name) for name in made} | {"index": found.index.tolist()}
+    new = made | {"index": np.asarray(index).tolist()}
+    if old != new:
+        raise ValueError(
+            f"{path} was made with {changed(old, new)}: use the old setting, or give another --out"
+        )
+    return found
 
 
 def load_sigma(path, **expected):
     """Read a SigmaPath, refusing damage and headers that do not agree with `expected`."""
     remedy = "name a file that `python -m lib sigma` wrote"
     header, arrays = load_arrays(path, remedy, ("levels", "index", "nearest"))
-    for name, value in expected.items():
-        if header.get(name) != value:
-            raise ValueError(f"{path} is of {name} = {header.get(name)!r}, not {value!r}")
+    old = {name: header.get(name) for name in expected}
+    if old != expected:
+        raise ValueError(
+            f"{path} was made with {changed(old, expected)}: name the file that `python -m lib "
+            "sigma` wrote for it, or search anew"
+        )
     index, levels = arrays["index"].astype(np.int64), arrays["levels"].astype(np.float64)
     levels[0] = header["sigma0"]
     return SigmaPath(levels, index, arrays["nearest"], header)

@@ -11,7 +11,6 @@ import pathlib
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from lib.checks import (
     check_choice,
@@ -23,6 +22,7 @@ from lib.checks import (
 )
 from lib.engine.admission import logits_of
 from lib.engine.hardware import keep_freed_memory
+from lib.engine.progress import progress_bar
 from lib.sigma import Objective, carry
 from lib.store.files import sha256, write_atomically
 from lib.store.registry import option
@@ -131,14 +131,8 @@ def fit(
     loop = _Loop(model, loss, noise, schedule, device)
     history = loop.resume(state, settings)
     steps = max(1, len(x) // schedule.batch)
-    silent = progress is False
-    with tqdm(
-        total=schedule.epochs * steps,
-        initial=len(history) * steps,
-        unit=" steps",
-        delay=3,
-        disable=silent,
-    ) as bar:
+    whole, begun = schedule.epochs * steps, len(history) * steps
+    with progress_bar(whole, " steps", progress, initial=begun, delay=3) as bar:
         for epoch in range(len(history), schedule.epochs):
             total, rate = loop.epoch(x, y, epoch, steps, bar)
             if not np.isfinite(total):

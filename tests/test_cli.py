@@ -72,7 +72,8 @@ def refused(*arguments, code=1):
     found, printed, said = call(*arguments)
     assert found == code, printed + said
     assert "Traceback" not in said
-    return said
+    # Wrong usage is told in a box.
+    return " ".join(said.replace("│", " ").split()) if code == 2 else said
 
 
 def without_time(path):
@@ -211,8 +212,10 @@ def test_input_specific_sampling(tmp_path):
         tmp_path / "iss.tsv",
     )
     assert "decline = 0.2, not 0.1" in said
-    assert "takes no decline" in refused(
-        *SMALL, "--decline", 0.1, "--out", tmp_path / "new.tsv", code=2
+    said = refused(*SMALL, "--decline", 0.1, "--out", tmp_path / "new.tsv", code=2)
+    assert (
+        "--decline is not of the sampler certify (its options: --n0, --n, --alpha); "
+        "--decline is of iss" in said
     )
 
 
@@ -307,7 +310,8 @@ def test_a_log_is_not_continued_with_other_settings(reference, option, named):
 
 def test_a_log_is_not_continued_with_another_network_or_engine(reference, tmp_path, monkeypatch):
     arguments = [a if a != "digits-cnn-sigma0.50" else "digits-cnn-sigma0.25" for a in SMALL]
-    assert "model_sha256 = " in refused(*arguments, "--out", reference)
+    said = refused(*arguments, "--out", reference)
+    assert "was made with another network (model_sha256 = " in said
     out = unfinished(reference, tmp_path, 1500)
     made, entries = read_journal(f"{out}.journal")
     made["engine"]["torch"] = "1.0"
@@ -344,15 +348,14 @@ def test_a_job_knows_its_network_images_noise_and_seed(tmp_path):
     assert jobs.run(job()) == 0
     record = load_counts(tmp_path / "x.npz", of="mine", model="mine")
     assert RecordedCounts(record).noise == Gaussian(0.5)
-    for name, change in {
-        "model_sha256": "digits-cnn-sigma0.25",
-        "data_sha256": 1 - images,
-        "sigma": 0.25,
-        "seed": 1,
-        "alpha": 0.02,
-    }.items():
-        argument = {"model_sha256": "model", "data_sha256": "images"}.get(name, name)
-        with pytest.raises(ValueError, match=f"was made with {name} = "):
+    for argument, change, said in (
+        ("model", "digits-cnn-sigma0.25", r"another network \(model_sha256 = "),
+        ("images", 1 - images, r"other images \(data_sha256 = "),
+        ("sigma", 0.25, "sigma = "),
+        ("seed", 1, "seed = "),
+        ("alpha", 0.02, "alpha = "),
+    ):
+        with pytest.raises(ValueError, match=f"was made with {said}"):
             jobs.run(job(**{argument: change}))
 
 
@@ -373,8 +376,8 @@ def test_a_job_refuses_what_it_cannot_certify(tmp_path):
         job(noise=[0.5, 0.5, 0.5])
     with pytest.raises(ValueError, match="labels must be class indices below 10"):
         jobs.run(job(labels=labels + 5))
-    said = refused(*SMALL, "--data", "mnist", "--out", tmp_path / "y")
-    assert "data must be digits, which digits-cnn-sigma0.50 was trained on" in said
+    said = refused(*SMALL, "--data", "mnist", "--out", tmp_path / "y", code=2)
+    assert "--data must be digits, which digits-cnn-sigma0.50 was trained on" in said
     assert not (tmp_path / "y").exists()
 
 
@@ -452,13 +455,27 @@ def test_a_finished_run_is_continued(reference, tmp_path):
     out, whole = tmp_path / "o.tsv", tmp_path / "whole.tsv"
     done(*SMALL, "--out", out)
     done(*arguments, "--n", 300, "--stop", 20, "--out", out)
-    assert "20 examples certified" in call(*arguments, "--n", 500, "--stop", 20, "--out", out)[2]
+    said = call(*arguments, "--n", 500, "--stop", 20, "--out", out)[2]
+    assert "20 examples continued from 320 to 520 draws in " in said
+    assert "0 were done before" in said
     done(*arguments, "--n", 500, "--stop", 20, "--out", whole)
     assert without_time(out) == without_time(whole)
     assert pathlib.Path(f"{out}.npz").read_bytes() == pathlib.Path(f"{whole}.npz").read_bytes()
     iss = [*arguments, "--sampler", "iss", "--stop", 12, "--out", tmp_path / "iss.tsv"]
     done(*iss, "--n", 300)
     assert "n = 300, not 500" in refused(*iss, "--n", 500)
+    both = call(*arguments, "--n", 600, "--stop", 22, "--out", out)[2]
+    assert "2 examples certified and 20 examples continued from 520 to 620 draws in " in both
+
+
+def test_the_time_of_a_continued_example_is_that_of_all_its_draws(tmp_path):
+    arguments = [a for a in SMALL if a not in ("--n", "300")]
+    out = tmp_path / "o.tsv"
+    done(*arguments, "--n", 300, "--out", out)
+    made, entries = read_journal(f"{out}.journal")
+    write_journal(f"{out}.journal", made, [e | {"time": 1000.0} for e in entries.values()])
+    done(*arguments, "--n", 400, "--out", out)
+    assert (pd.to_timedelta(pd.read_csv(out, sep="\t")["time"]).dt.total_seconds() > 1000).all()
 
 
 def test_a_running_journal_is_reported(reference, tmp_path):
@@ -470,12 +487,16 @@ def test_a_running_journal_is_reported(reference, tmp_path):
 
 
 def test_a_sampler_and_a_loss_of_ones_own_work_from_the_command_line(tmp_path):
-    """A file that registers them and calls the app: their fields are options, in log and record."""
+    """A file that registers them and calls the app: their fields are options, in log and record.
+
+    An option of the loss may have the name of one of a noise that was not chosen.
+    """
     (tmp_path / "mine.py").write_text(
         """
 import dataclasses
 from lib.certify import certify
 from lib.losses import GaussianLoss, register as register_loss
+from lib.noise import Gaussian, register as register_noise
 from lib.samplers import Certify, Sampler, register
 from lib.store.registry import option
 
@@ -489,6 +510,11 @@ class Halved(Sampler):
 
     def __call__(self, counts, noise):
         return certify(counts, noise, 20, self.n, 0.01 * self.part)
+
+@register_noise("Scaled")
+@dataclasses.dataclass(frozen=True, eq=False)
+class Scaled(Gaussian):
+    factor: float = option(1.0, "Of nothing.")
 
 @register_loss("doubled")
 @dataclasses.dataclass(frozen=True)
@@ -510,14 +536,16 @@ app()
         assert ran.returncode == 0, ran.stderr
         return ran.stdout
 
-    mine(
-        "train", "--sigma", 0.5, "--epochs", 1, "--loss", "doubled", "--factor", 3, "--out", "m.st"
-    )
-    mine("certify", "m.st", "--sigma", 0.5, "--sampler", "halved", "--part", 0.1, "--stop", 3,
-         *ENGINE, "--out", "m.tsv")  # fmt: skip
+    mine("train", "--sigma", 0.5, "--epochs", 1, "--loss", "doubled", "--factor", 3,
+         "--out", "m.safetensors")  # fmt: skip
+    mine("certify", "m.safetensors", "--sigma", 0.5, "--sampler", "halved", "--part", 0.1,
+         "--stop", 3, *ENGINE, "--out", "m.tsv")  # fmt: skip
     header = load_counts(tmp_path / "m.tsv.npz").header
     assert header["sampler"] == {"name": "halved", "n": 200, "part": 0.1}
-    assert load_checkpoint(tmp_path / "m.st")[1]["loss"] == {"name": "doubled", "factor": 3.0}
+    assert load_checkpoint(tmp_path / "m.safetensors")[1]["loss"] == {
+        "name": "doubled",
+        "factor": 3.0,
+    }
 
 
 def test_two_runs_do_not_write_one_log(reference):
@@ -529,7 +557,7 @@ def test_two_runs_do_not_write_one_log(reference):
 def test_a_run_that_failed_before_its_first_result_binds_nobody(tmp_path):
     """Its settings may be corrected, as its error told, under the same name."""
     arguments = [*SMALL, "--sampler", "iss", "--out", tmp_path / "iss.tsv"]
-    assert "decline must be" in refused(*arguments, "--decline", -1)
+    assert "--decline must be" in refused(*arguments, "--decline", -1, code=2)
     done(*arguments)
     assert "n0 = 20, not 10" in refused(*arguments, "--n0", 10)
 
@@ -738,6 +766,25 @@ def test_a_report_in_every_form(reference, tmp_path):
     assert (tmp_path / "curves.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("a.png --png a.png", "--png a.png is one of the logs"),
+        ("a.png --png ./a.png", "is one of the logs"),
+        ("a.png --png a.pdf", "--png must end in .png; got a.pdf"),
+        ("a.png ./a.png", "a.png is given twice"),
+    ],
+)
+def test_a_report_overwrites_no_log_and_counts_none_twice(
+    reference, tmp_path, monkeypatch, arguments, message
+):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("a.png").write_bytes(reference.read_bytes())
+    assert message in refused("report", *arguments.split(), code=2)
+    assert pathlib.Path("a.png").read_bytes() == reference.read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png"]
+
+
 def test_info(reference, tmp_path):
     found = json.loads(done("info", f"{reference}.npz", "--json"))
     assert (found["kind"], found["examples"], found["votes"]) == ("record", 12, 12 * 320)
@@ -759,9 +806,54 @@ def test_info(reference, tmp_path):
         3818,
     )
     assert json.loads(done("info", PUBLISHED, "--json"))["examples"] == 500
+    # Of a log, and of a running one, also how it was made: by its journal, or else its record.
+    alone = tmp_path / "alone.tsv"
+    for end in ("", ".npz"):
+        pathlib.Path(f"{alone}{end}").write_bytes(pathlib.Path(f"{reference}{end}").read_bytes())
+    for path in (reference, f"{reference}.journal", alone):
+        found = json.loads(done("info", path, "--json"))
+        assert (found["kind"], found["examples"], found["block"]) == ("log", 12, 64)
+        assert found["sampler"] == {"name": "certify", "n0": 20, "n": 300, "alpha": 0.001}
+        assert found["noise"] == {"name": "Gaussian", "sigma": 0.5}
+    levels = ROOT / "data/sigmas/digits-cnn-sigma0.25.npz"
+    found = json.loads(done("info", levels, "--json"))
+    assert (found["kind"], found["examples"], found["sigma0"]) == ("levels", 360, 0.25)
     torch.save({"arch": "mlp", "state_dict": {}}, tmp_path / "c.tar")
     assert "missing: 1.weight" in refused("info", tmp_path / "c.tar", "--data", "digits")
     assert "noise            Gaussian, sigma 0.5" in done("info", f"{reference}.npz")
+
+
+def test_a_reader_that_has_enough_is_no_error():
+    """As in `info X | head -1`: a pipe that nobody reads any more."""
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-m", "lib", "info", PUBLISHED]
+    with os.fdopen(write, "wb") as pipe:
+        ran = subprocess.run(command, cwd=ROOT, stdout=pipe, stderr=subprocess.PIPE, text=True)
+    assert ran.stderr == ""
+
+
+@pytest.mark.parametrize(
+    ("model", "options", "note"),
+    [
+        ("digits-cnn-sigma0.50", "--sigma 0.25", "Gaussian sigma 0.5, and is certified under"),
+        ("digits-cnn-x20-sigma0.25", "--sigma 0.5", "Gaussian sigma 0.25, and is certified under"),
+        ("digits-cnn-sigma0.50", "--noise Uniform --half 1", "under Uniform half 1.0"),
+        ("digits-cnn-sigma0.50", "--sigma 0.5", None),
+        ("data/models/digits-cnn-sigma0.50.safetensors", "--sigma 0.5", None),
+    ],
+)
+def test_another_noise_than_the_networks_is_pointed_out(
+    tmp_path, monkeypatch, model, options, note
+):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(cli, "run", lambda job, say: None)
+    monkeypatch.setattr(cli, "read_log", lambda path: None)
+    monkeypatch.setattr(cli, "summarize", lambda logs: None)
+    monkeypatch.setattr(cli, "_print_report", lambda table, as_json: None)
+    said = call("certify", model, *options.split(), "--out", tmp_path / "o.tsv")[2]
+    assert "certified under" in said if note else said == ""
+    assert note is None or note in said
 
 
 TRAIN = ["train", "--architecture", "mlp", "--sigma", "0.25", "--epochs", "3", "--batch", "128"]
@@ -795,6 +887,8 @@ def test_training_interrupted_ends_in_the_same_weights(tmp_path, monkeypatch):
     ]
     assert json.loads(done(*TRAIN, "--out", out, "--json"))["epoch"] == 3
     assert "sigma = 0.25, not 0.5" in refused(*TRAIN, "--sigma", 0.5, "--out", out)
+    old = out.rename(tmp_path / "old.pth")  # a name that a new training may not take
+    assert json.loads(done(*TRAIN, "--out", old, "--json"))["epoch"] == 3
 
 
 @pytest.mark.parametrize(
@@ -899,25 +993,50 @@ def test_images_of_ones_own_are_trained_on_and_certified(tmp_path, caplog):
         (
             "certify nothing --sigma 1 --out x",
             1,
-            "model nothing is neither a file nor a name of the zoo (digits-cnn",
+            "model nothing is neither a file nor a name of the zoo; the nearest names are ",
         ),
-        ("certify digits-cnn-sigma0.50 --sigma -1 --out x", 1, "sigma must be finite and > 0"),
+        (
+            "certify digits-cnn-sigma0.5 --sigma 1 --out x",
+            1,
+            "the nearest names are digits-cnn-sigma0.50, digits-cnn-sigma0.25, ",
+        ),
+        ("info data", 1, "data is a folder: give the path of a checkpoint"),
+        ("certify data --sigma 1 --out x", 1, "data is a folder: give a checkpoint in it"),
+        *(
+            (f"certify {name} --sigma 1 --out x", 1, f"{name} does not exist: give the path of")
+            for name in ("no.pth", "runs/digits-cnn-sigma0.50", "a/b.pth.tar")
+        ),
+        ("certify digits-cnn-sigma0.50 --sigma -1 --out x", 2, "--sigma must be finite and > 0"),
+        ("certify digits-cnn-sigma0.50 --sigma 1 --seed -1 --out x", 2, "--seed must be a whole"),
+        ("audit --sigma 1 --runs 0", 2, "--runs must be at least 1"),
+        ("sigma digits-cnn-sigma0.50 --sigma0 1 --steps 20 --out x", 2, "--steps must be a mult"),
+        ("sigma digits-cnn-sigma0.50 --sigma0 99 --out x", 2, "--sigma0 must lie in"),
+        ("train --sigma 1 --epochs 0 --out x.safetensors", 2, "--epochs must be at least 1"),
+        (
+            "certify digits-cnn-sigma0.50 --sigma 1 --sampler adaptive --stages a --out x",
+            2,
+            "--stages must be numbers between commas; got 'a'",
+        ),
         (
             "certify digits-cnn-sigma0.50 --sigma 1 --alpha 1 --out x",
-            1,
-            "alpha must be a number in (0, 1)",
+            2,
+            "--alpha must be a number in (0, 1)",
         ),
-        ("certify digits-cnn-sigma0.50 --sigma 1 --n 0 --out x", 1, "n must be at least 1"),
-        ("certify digits-cnn-sigma0.50 --sigma 1 --skip 0 --out x", 1, "skip >= 1"),
+        ("certify digits-cnn-sigma0.50 --sigma 1 --n 0 --out x", 2, "--n must be at least 1"),
+        (
+            "certify digits-cnn-sigma0.50 --sigma 1 --skip 0 --out x",
+            2,
+            "--skip must be >= 1; got 0",
+        ),
         (
             "certify digits-cnn-sigma0.50 --sigma 1 --start 360 --out x",
-            1,
-            "leave none of the 360 examples",
+            2,
+            "--start 360, --skip 1 leave none of the 360 examples",
         ),
         (
             "certify digits-cnn-sigma0.50 --sigma 1 --data cifar10 --data-path nowhere --out x",
-            1,
-            "data must be digits",
+            2,
+            "--data must be digits",
         ),
         (
             "certify cifar10-resnet20-sigma0.50-seed0 --sigma 1 --data-path nowhere --out x",
@@ -926,8 +1045,8 @@ def test_images_of_ones_own_are_trained_on_and_certified(tmp_path, caplog):
         ),
         (
             "certify digits-cnn-sigma0.50 --sigma 1 --device nonsense --out x",
-            1,
-            "device must be one that is here",
+            2,
+            "--device must be one that is here",
         ),
         ("certify digits-cnn-sigma0.50 --sigma 1", 2, "--out"),
         ("certify digits-cnn-sigma0.50 --out x", 2, "noise Gaussian needs --sigma"),
@@ -941,12 +1060,18 @@ def test_images_of_ones_own_are_trained_on_and_certified(tmp_path, caplog):
             "--radii takes numbers",
         ),
         ("info nowhere", 1, "nowhere does not exist"),
-        ("info Makefile", 1, "is damaged or no checkpoint"),
-        ("train --sigma 1 --architecture resnet18 --out x", 1, "takes images of 3 channels"),
+        ("info Makefile", 1, "Makefile is neither a checkpoint, a record (.npz), a file of levels"),
+        ("train --sigma 1 --out x.pth", 2, "--out must end in .safetensors; got x.pth"),
+        ("quantize digits-cnn-sigma0.50 --sigma 1 --out x", 2, "--out must end in .safetensors"),
         (
-            "train --sigma 1 --data imagenet --out x",
+            "train --sigma 1 --architecture resnet18 --out x.safetensors",
             1,
-            "data must be a data set that fits into memory",
+            "takes images of 3 channels",
+        ),
+        (
+            "train --sigma 1 --data imagenet --out x.safetensors",
+            2,
+            "--data must be a data set that fits into memory",
         ),
         ("nonsense", 2, "nonsense"),
     ],
@@ -957,14 +1082,14 @@ def test_wrong_usage(arguments, code, message, tmp_path, monkeypatch):
         (tmp_path / name).write_text("# A text\n")
     (tmp_path / "data").symlink_to(ROOT / "data")
     said = refused(*arguments.split(), code=code)
-    assert message in " ".join(said.replace("│", " ").split())
+    assert message in said
     if code == 1:
         assert said.strip().count("\n") == 0
     assert not (tmp_path / "x").exists()
 
 
 def test_an_error_of_torch_is_one_line(tmp_path, monkeypatch):
-    def fails(job):
+    def fails(job, say):
         raise RuntimeError("out of memory\nat length")
 
     monkeypatch.setattr(cli, "run", fails)
@@ -1131,7 +1256,8 @@ def test_audit_tells_the_sound_from_the_unsound():
     assert code == 1
     assert "iss fails: at worst 1.79" in printed
     assert "makes no certificates" in refused(*small, "--sampler", "record", code=2)
-    assert "one number" in refused(*small, "--sampler", "adaptive", "--radius", "0.1,0.2")
+    said = refused(*small, "--sampler", "adaptive", "--radius", "0.1,0.2", code=2)
+    assert "--radius must be one number" in said
 
 
 @pytest.mark.parametrize(
@@ -1183,12 +1309,13 @@ def test_several_networks_are_certified_as_an_ensemble(tmp_path, options, settin
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--vote weighted", "weights must be given"),
-        ("--vote weighted --weights 1,2", "weights must be 1 finite numbers"),
-        ("--weights 1", "weights must be given"),
-        ("--consensus 2", "consensus must be at most 1"),
+        ("--vote weighted", "--vote weighted and --weights must be given together"),
+        ("--vote weighted --weights 1,2", "--weights must be 1 finite numbers"),
+        ("--vote weighted --weights a", "--weights takes numbers between commas; got a"),
+        ("--weights 1", "--vote weighted and --weights must be given together"),
+        ("--consensus 2", "--consensus must be at most 1"),
     ],
 )
 def test_a_vote_that_cannot_be_is_refused(tmp_path, options, message):
-    said = refused(*SMALL, *options.split(), "--out", tmp_path / "x.tsv")
+    said = refused(*SMALL, *options.split(), "--out", tmp_path / "x.tsv", code=2)
     assert message in said

@@ -1,14 +1,17 @@
 """Dataclasses as options: the examples that they choose, and a help that leaves nothing out."""
 
 import dataclasses
+import inspect
 import re
 
 import pytest
+import typer
 
 from lib.losses import LOSSES
 from lib.noise import NOISES
-from lib.options import Examples, parameters
+from lib.options import Examples, parameters, take_all, with_options
 from lib.samplers import SAMPLERS
+from lib.store.registry import Registry, option
 
 
 @pytest.mark.parametrize(
@@ -45,6 +48,49 @@ def test_the_help_has_every_default(registry):
                 text = re.escape(text)
             whose = rf"([\w-]+, )*{name}(, [\w-]+)*: " if ": " in said[field.name] else ""
             assert re.search(whose + text, said[field.name]), (name, field.name)
+
+
+def test_an_option_of_two_groups_goes_to_each_that_was_chosen():
+    """And is foreign only where no chosen one has it."""
+    shapes, colours = Registry("shape"), Registry("colour")
+
+    @shapes.register("round")
+    @dataclasses.dataclass(frozen=True)
+    class Round:
+        scale: float = option(1.0, "Of the shape.")
+
+    @shapes.register("square")
+    @dataclasses.dataclass(frozen=True)
+    class Square:
+        pass
+
+    @colours.register("red")
+    @dataclasses.dataclass(frozen=True)
+    class Red:
+        scale: float = option(2.0, "Of the colour.")
+
+    @colours.register("blue")
+    @dataclasses.dataclass(frozen=True)
+    class Blue:
+        deep: bool = option(False, "Deep.")
+
+    options = {"scale": 3.0, "other": 1}
+    assert take_all(options, (shapes, "square"), (colours, "red")) == [Square(), Red(3.0)]
+    assert options == {"other": 1}
+    options = {"scale": 3.0}
+    assert take_all(options, (shapes, "round"), (colours, "red")) == [Round(3.0), Red(3.0)]
+    text = "--scale is not of the shape square (its options: none); --scale is of round"
+    with pytest.raises(typer.BadParameter, match=re.escape(text)):
+        take_all({"scale": 3.0}, (shapes, "square"), (colours, "blue"))
+
+    def command(**options):
+        pass
+
+    (parameter, _) = inspect.signature(with_options(command, [shapes, colours])).parameters.values()
+    said = parameter.annotation.__metadata__[0].help
+    assert (
+        said == "round: Of the shape. [dim]default 1.0[/]; red: Of the colour. [dim]default 2.0[/]"
+    )
 
 
 def test_a_negative_stop_is_refused():

@@ -20,6 +20,7 @@ from lib.engine.classifier import BaseClassifier
 from lib.experiments import ENGINES
 from lib.noise import Gaussian, Uniform
 from lib.sigma import (
+    Ascent,
     Objective,
     best_expert,
     certify_dual,
@@ -397,6 +398,42 @@ def test_the_command_writes_the_levels_of_the_library(sigma_file, digits):
         load_sigma(sigma_file, model="another")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--sigma0 0.3", "sigma0 = 0.25, not 0.3"),
+        ("--sigma0 0.25 --seed 1", "seed = 0, not 1"),
+        ("--sigma0 0.25 --steps 100", "steps = 200, not 100"),
+        ("--sigma0 0.25 --stop 4", "index = [0, 1, 2, 3, 4], not [0, 1, 2, 3]"),
+        ("--sigma0 0.25 --block 32", "block = "),
+    ],
+)
+def test_levels_of_another_search_are_not_overwritten(sigma_file, options, message):
+    before = sigma_file.read_bytes()
+    arguments = ["sigma", NAME, "--steps", "200", "--stop", "5", *ENGINE, *options.split()]
+    result = CliRunner().invoke(cli.app, [*arguments, "--out", str(sigma_file)])
+    assert result.exit_code == 1
+    assert message in result.stderr
+    assert "give another --out" in result.stderr
+    assert sigma_file.read_bytes() == before
+
+
+def test_a_finished_search_is_left_as_it_is(sigma_file, monkeypatch):
+    monkeypatch.setattr("lib.sigma.optimize_sigma", None)  # so that no search can run
+    before = sigma_file.read_bytes()
+    arguments = ["sigma", NAME, "--sigma0", "0.25", "--steps", "200", "--stop", "5", *ENGINE]
+    result = CliRunner().invoke(cli.app, [*arguments, "--out", str(sigma_file)])
+    assert result.exit_code == 0, result.stderr
+    assert "5 levels after 200 steps from 0.25" in result.stderr
+    assert sigma_file.read_bytes() == before
+
+
+@pytest.mark.parametrize("wrong", [{"steps": 20}, {"steps": 0}, {"n": 0}, {"lr": -1.0}])
+def test_the_options_of_a_search_are_checked(wrong):
+    with pytest.raises(ValueError, match=f"{next(iter(wrong))} must be"):
+        Ascent(**wrong)
+
+
 def test_certify_takes_a_level_for_each_image(sigma_file, tmp_path):
     log = tmp_path / "log.tsv"
     base = ["certify", NAME, "--sigma-file", str(sigma_file), "--n", "500", *ENGINE]
@@ -430,7 +467,8 @@ def test_certify_refuses_a_sigma_file_of_another_network(sigma_file, tmp_path):
     base = ["certify", "digits-cnn-sigma0.50", "--sigma-file", str(sigma_file), "--stop", "3"]
     result = CliRunner().invoke(cli.app, [*base, "--out", str(tmp_path / "log")])
     assert result.exit_code == 1
-    assert "model_sha256 = " in result.stderr
+    assert "was made with another network (model_sha256 = " in result.stderr
+    assert "or search anew" in result.stderr
 
 
 @pytest.mark.parametrize(

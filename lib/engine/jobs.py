@@ -13,16 +13,18 @@ import dataclasses
 import os
 import pathlib
 import re
+import time
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
-from lib.checks import check_images, check_labels, difference
+from lib.checks import check_images, check_labels
 from lib.data import content_hash
 from lib.engine.processes import Group, own_cores, rank
+from lib.engine.progress import progress_bar
 from lib.engine.settings import (
     SETTINGS,
+    changed,
     check_engine,
     choose_engine,
     machine_types,
@@ -161,8 +163,10 @@ def _checked_images(images):
     return images
 
 
-def run(job):
+def run(job, say=None):
     """Certify what is not yet certified; returns how many examples all processes did.
+
+    - say: called at the end, by rank 0, with a line on what was done.
 
     Started again after a kill, with as many processes or others, it continues where it stopped. The
     finished log and record are the same in all cases but for the log's time column. A finished run
@@ -178,11 +182,13 @@ def run(job):
     Raises ValueError naming the setting in which a run on disk differs from this one, and on
     damaged files; OSError where the disk fails.
     """
-    me, processes = rank()
+    (me, processes), begin = rank(), time.perf_counter()
     if processes == 1:
         with _opened(job) as (journal, plan):
             _work(job, plan, journal, plan["todo"], journal.entries)
             _finish(job, journal)
+        if say:
+            say(_summary(job, plan, time.perf_counter() - begin))
         return len(plan["todo"])
     group = Group(me, processes)
     with contextlib.ExitStack() as stack:
@@ -194,8 +200,8 @@ def run(job):
 
         plan = group.agree("prepared", prepare)
         if job.settings != plan["settings"]:
-            changed = difference(plan["settings"], job.settings)
-            raise ValueError(f"rank {me} has other settings than rank 0: {changed}")
+            found = changed(plan["settings"], job.settings)
+            raise ValueError(f"rank {me} has other settings than rank 0: {found}")
         local = int(os.environ.get("LOCAL_WORLD_SIZE", processes))
         torch.set_num_threads(max(1, own_cores() // local))
         journal = opened.get("journal") or stack.enter_context(
@@ -207,12 +213,32 @@ def run(job):
         group.arrive("certified")
         group.agree("merged", lambda: _finish(job, opened["journal"]))
         group.arrive("ended")
+    if say and me == 0:
+        say(_summary(job, plan, time.perf_counter() - begin))
     return len(plan["todo"])
+
+
+def _summary(job, plan, seconds):
+    """What a run did, in a line: examples that are new to it, and those that got more draws."""
+    had, verb = plan["had"], "certified" if job.certifies else "recorded"
+    new, parts = len(plan["todo"]) - len(had), []
+    if new or not had:
+        parts = [f"{new:,} examples {verb}"]
+    if had:
+        least, most = (f"{draws:,}" for draws in (min(had), max(had)))
+        begun = least if least == most else f"{least} to {most}"
+        parts.append(f"{len(had):,} examples continued from {begun} to {job.sampler.most:,} draws")
+    before = len(job.index) - len(plan["todo"])
+    return f"{' and '.join(parts)} in {seconds:.1f} s, {before:,} were done before"
 
 
 @contextlib.contextmanager
 def _opened(job):
-    """(journal, {"settings", "engine", "todo": indices not done}) of a run, locked within."""
+    """(journal, how the run is made and what there is to do) of a run, locked within.
+
+    Beside "settings" and "engine", the latter says "todo", the indices not done, and "had", the
+    draws of those among them that have some.
+    """
     path = job.path(".journal")
     stray = [p for p in (job.out, job.path(".npz"), *_parts(job)) if p.exists()]
     adopt = not job.certifies and job.path(".npz").exists()
@@ -231,7 +257,9 @@ def _opened(job):
                 engine = choose_engine(job)
                 made = {"model": job.name, "settings": job.settings, "engine": engine}
                 journal.begin(made)
-        yield journal, _continued(job, journal) | {"todo": _todo(job, journal)}
+        plan = _continued(job, journal) | {"todo": _todo(job, journal)}
+        begun = [journal.entries[i] for i in plan["todo"] if i in journal.entries]
+        yield journal, plan | {"had": [_drawn(entry) for entry in begun]}
 
 
 def _parts(job):
@@ -286,7 +314,7 @@ def _continued(job, journal):
     extended = _extends(job, old["sampler"], new["sampler"])
     if old | ({"sampler": new["sampler"]} if extended else {}) != new:
         raise ValueError(
-            f"{job.out} was made with {difference(old, new)}: use the old setting, or give another "
+            f"{job.out} was made with {changed(old, new)}: use the old setting, or give another "
             f"--out{_replay_instead(job, old)}"
         )
     if foreign := sorted(set(journal.entries) - set(job.index.tolist())):
@@ -332,13 +360,18 @@ def _done(job, entry):
     """Whether an example has all draws that the job asks for."""
     if not job.sampler.fixed:
         return True
-    drawn = sum(int(drawn_of(np.asarray(v)[..., None, :])[0]) for v in entry["votes"])
+    drawn = _drawn(entry)
     if drawn > job.sampler.most:
         raise ValueError(
             f"{job.out} holds {drawn} draws of example {entry['idx']}, more than the "
             f"{job.sampler.most} of this run: ask for as many, or give another --out"
         )
     return drawn == job.sampler.most
+
+
+def _drawn(entry):
+    """Draws that an entry of a journal holds, of all stages."""
+    return sum(int(drawn_of(np.asarray(votes)[..., None, :])[0]) for votes in entry["votes"])
 
 
 def _todo(job, journal):
@@ -359,8 +392,7 @@ def _work(job, plan, journal, mine, entries):
     # A fixed number of draws fills blocks by itself; of an adaptive sampler the first stage must.
     draws = job.sampler.most if job.sampler.fixed else job.sampler.first
     size = max(1, -(-BLOCKS * base.block // draws))
-    quiet = None if rank()[0] == 0 else True
-    with tqdm(total=len(mine), unit=" examples", disable=quiet, smoothing=0.05) as bar:
+    with progress_bar(len(mine), " examples", rank()[0] == 0, smoothing=0.05) as bar:
         for first in range(0, len(mine), size):
             group = mine[first : first + size]
             journal.append(certify_group(job, base, group, entries), made)

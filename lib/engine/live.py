@@ -6,11 +6,11 @@ from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 
 import numpy as np
 import torch
-from tqdm.auto import tqdm
 
 from lib.checks import check_choice, check_images, check_labels, check_request, check_seed
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import cores
+from lib.engine.progress import progress_bar
 from lib.engine.readouts import Panel, readout
 from lib.engine.views import Stream
 from lib.noise import CHUNK, noise_stream
@@ -182,13 +182,7 @@ class ModelCounts:
         if self._compiled is None:  # decided once: two draws come from one and the same network
             planned = total if self._planned is None else self._planned * len(self)
             self._compiled = self.base.consider_compiling(planned)
-        with tqdm(
-            total=total,
-            unit=" draws",
-            unit_scale=True,
-            delay=3,
-            disable=False if self.progress is None else not self.progress,
-        ) as bar:
+        with progress_bar(total, " draws", self.progress, unit_scale=True, delay=3) as bar:
             pieces = self._pieces(start, n, place, bar)
             return self._distribute(pieces, -(-total // self.base.block), sink, padding)
 

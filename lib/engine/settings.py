@@ -12,8 +12,16 @@ from lib.engine.processes import own_cores, rank
 from lib.engine.readouts import Panel
 
 messages = logging.getLogger("lib")
+HASHES = {"model_sha256": "another network", "data_sha256": "other images"}
 # What `BaseClassifier.settings` says.
 SETTINGS = ("device", "processor", "dtype", "block", "layout", "folded", "compiled", "torch")
+
+
+def changed(old, new):
+    """How what was made differs from what is asked for, in words: "another network (...)"."""
+    text = difference(old, new)
+    what = HASHES.get(text.split()[0])
+    return f"{what} ({text})" if what else text
 
 
 def choose_engine(job):
@@ -55,6 +63,8 @@ def open_base(job, engine):
     if rank()[0] == 0:
         chosen = ", ".join(f"{name} {value}" for name, value in engine.items())
         messages.info("counting with %s", chosen)
+        if engine["compiled"]:
+            messages.info("compiling the network, once: until then nothing is counted")
     begun, here = (part | {"processor": None} for part in (engine, base.settings))
     if begun != here:
         raise ValueError(

@@ -9,7 +9,10 @@ from lib.engine.live import ModelCounts
 
 
 def certify_group(job, base, group, entries):
-    """Journal entries of a group of examples, each with the votes of every stage."""
+    """Journal entries of a group of examples, each with the votes of every stage.
+
+    An example's time is its share of the group's, by draws, and what earlier runs took for it.
+    """
     start = time.perf_counter()
     index = np.array(group)
     labels = job.labels[index]
@@ -17,6 +20,7 @@ def certify_group(job, base, group, entries):
     source = ModelCounts(base, job.images[index], noise, index=index, seed=job.seed, progress=False)
     stages = _stages(group, entries, source.votes)
     source.votes += sum(stages)
+    had = drawn_of(source.votes)
     for i, example in enumerate(group):
         source.evaluations[..., i] += entries.get(example, {}).get("evaluations", 0)
     counts = _Staged(source, stages)
@@ -27,7 +31,9 @@ def certify_group(job, base, group, entries):
             f"sampler took {drawn.max()} draws of an example, more than the {job.sampler.most} "
             "that it states (most)"
         )
-    seconds = (time.perf_counter() - start) * drawn / max(1, drawn.sum())
+    new = drawn - had
+    seconds = (time.perf_counter() - start) * new / max(1, new.sum())
+    seconds += [entries.get(example, {}).get("time", 0.0) for example in group]
     return [
         {
             "idx": int(index[i]),

@@ -33,8 +33,10 @@ def sha256(*parts):
 
 
 def read_bytes(path, remedy):
-    """The bytes of a file, or a FileNotFoundError that says what to do."""
+    """The bytes of a file, or an OSError that says what to do."""
     path = pathlib.Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder: {remedy}")
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: {remedy}")
     return path.read_bytes()

@@ -101,8 +101,8 @@ def load_arrays(path, remedy, needs=()):
     data = read_bytes(path, remedy)
     if len(data) < 64 or sha256(data[:-64]).encode() != data[-64:]:
         raise ValueError(
-            f"{path} is damaged or no record: its checksum does not match. Restore it (git "
-            "checkout), or compute it again"
+            f"{path} is damaged, or was not written by lib: its checksum does not match. Restore "
+            f"it from a copy, or {remedy}"
         )
     with np.load(io.BytesIO(data), allow_pickle=False) as stored:
         arrays = dict(stored)
