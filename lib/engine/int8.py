@@ -10,6 +10,7 @@ import torch
 from lib.checks import check_draws, check_images, check_seed
 from lib.engine.folding import folded
 from lib.engine.hardware import cores, has_compiler, has_int8_products
+from lib.ensemble import Ensemble
 from lib.store.programs import Program, program_of
 
 BLOCK = 64  # images per calibration pass: the observers' averages depend on it
@@ -38,6 +39,8 @@ def quantize(model, images, noise, seed=0):
     check_seed(seed)
     if isinstance(model, Program):
         raise ValueError("model is an 8-bit network already: give the one that it was made from")
+    if isinstance(model, Ensemble):
+        raise ValueError("model is an ensemble, which cannot be quantised; its members can")
     shape = tuple(images.shape[1:])
     with cores(1), torch.no_grad():
         network = folded(copy.deepcopy(model).cpu().eval().float(), shape)
