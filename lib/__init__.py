@@ -20,24 +20,32 @@ from lib.counts import RecordedCounts, SimulatedCounts
 from lib.engine.classifier import BaseClassifier
 from lib.engine.int8 import quantize
 from lib.engine.live import ModelCounts
+from lib.ensemble import Ensemble
 from lib.iss import SampleSizeMap, certify_iss, sample_size_map
-from lib.noise import Gaussian
+from lib.memory import CertificateMemory
+from lib.noise import Ablation, Gaussian, Uniform
+from lib.sigma import certify_dual, optimize_sigma
 from lib.theory import cohen_radius, lecuyer_radius, li_radius
 
 __all__ = [
     "ABSTAIN",
+    "Ablation",
     "BaseClassifier",
+    "CertificateMemory",
     "Certificates",
+    "Ensemble",
     "Gaussian",
     "ModelCounts",
     "RecordedCounts",
     "SampleSizeMap",
     "SimulatedCounts",
+    "Uniform",
     "audit",
     "certified_accuracy_lower",
     "certify",
     "certify_anytime",
     "certify_at",
+    "certify_dual",
     "certify_iss",
     "certify_margin",
     "certify_partition",
@@ -48,6 +56,7 @@ __all__ = [
     "last_stage_size",
     "lecuyer_radius",
     "li_radius",
+    "optimize_sigma",
     "predict",
     "quantize",
     "sample_size_map",

@@ -46,6 +46,7 @@ from lib.options import (
     load_levels,
     load_model,
     say_other_noise,
+    short_names,
     take,
     take_all,
     usage_error,
@@ -509,7 +510,8 @@ def _print_report(table, as_json, style=None):
         )
         for column in shown.columns[1:]:
             column.justify = "right"
-        for name, row in zip(cells.index, cells.to_numpy(), strict=True):
+        shown.columns[0].overflow = "fold"
+        for name, row in zip(short_names(cells.index), cells.to_numpy(), strict=True):
             shown.add_row(escape(name), *row)
         # Into a file or a pipe the table is as wide as it is.
         console = Console()

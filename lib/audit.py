@@ -85,6 +85,9 @@ def audit(sampler, noise, probabilities=None, alpha=None, runs=100_000, seed=0):
     `p-value` (exact binomial test of rate <= 1). Raises ValueError naming alpha or runs.
     """
     alpha = getattr(sampler, "alpha", None) if alpha is None else alpha
+    if alpha is None:
+        name = getattr(sampler, "name", type(sampler).__name__)
+        raise ValueError(f"sampler {name} has no field alpha, its promise: add one, or give alpha")
     check_level(alpha=alpha)
     check_draws(runs=runs)
     rows = truths(sampler, noise) if probabilities is None else probabilities

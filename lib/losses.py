@@ -317,7 +317,10 @@ class CatRsLoss:
     epsilon: float = option(1.0, "Largest l2 norm of the attack, pixels in [0, 1].")
     steps: int = option(4, "Steps of the attack.")
     m: int = option(4, "Noisy copies of each image.")
-    teacher: str = option("", "Checkpoint of a network trained with noise: gives the target.")
+    teacher: str = option(
+        "",
+        "Checkpoint of a network trained with noise: gives the target (else the one in training).",
+    )
 
     def __post_init__(self):
         check_draws(steps=self.steps, m=self.m)

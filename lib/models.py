@@ -188,6 +188,12 @@ def ensemble_header(ensemble, headers):
 def _build_from(header):
     """The network of a checkpoint of ours, with fresh weights."""
     if header["architecture"] != "ensemble":
+        if header["architecture"] not in ARCHITECTURES:
+            raise ValueError(
+                f"architecture {header['architecture']!r} is not known here, only "
+                f"{', '.join(ARCHITECTURES)}: register it in a file of yours, and run that file in "
+                "place of -m lib (README: a network of your own)"
+            )
         classes = len(header.get("experts", "").split()) or None  # of a router (lib.recipes.Recipe)
         return build(header["architecture"], header["data"], classes)
     members = [_build_from(member) for member in header["members"]]

@@ -17,13 +17,14 @@ command line:
 import dataclasses
 import functools
 import math
+from dataclasses import MISSING
 
 import numpy as np
 import torch
 from scipy.special import ndtr, ndtri
 
 from lib.checks import check_draws, check_probability, check_radius, check_sigma
-from lib.store.registry import Registry
+from lib.store.registry import Registry, option
 
 CHUNK = 100  # draws that share one random stream: part of the definition of the noise
 # Streams of other purposes than noise end in one of these words, so that none of them is a stream
@@ -140,7 +141,9 @@ class Gaussian(Noise):
     Raises ValueError naming sigma.
     """
 
-    sigma: float | np.ndarray
+    sigma: float | np.ndarray = option(  # noqa: RUF009 (a field)
+        MISSING, "Standard deviation; pixels in [0, 1], radii in l2."
+    )
     norm = "l2"
 
     def __post_init__(self):
@@ -199,7 +202,9 @@ class Uniform(Noise):
     Raises ValueError naming half.
     """
 
-    half: float | np.ndarray
+    half: float | np.ndarray = option(  # noqa: RUF009 (a field)
+        MISSING, "Half the cube's edge; pixels in [0, 1], radii in l1."
+    )
     norm = "l1"
 
     def __post_init__(self):
@@ -270,8 +275,8 @@ class Ablation(Noise):
     Raises ValueError naming keep or pixels.
     """
 
-    keep: int
-    pixels: int
+    keep: int = option(MISSING, "Pixels that are kept; radii in l0, changed pixels.")
+    pixels: int = option(MISSING, "Pixels of an image, height times width.")
     norm = "l0"
     erased = -1.0  # no pixel has this value: a classifier can tell erased from black
 

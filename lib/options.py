@@ -7,6 +7,7 @@ Examples and Engine are groups of several commands.
 import dataclasses
 import functools
 import inspect
+import os
 import pathlib
 import re
 from difflib import get_close_matches
@@ -146,14 +147,19 @@ def _help(group, owners):
         meanings.setdefault((text, default), []).append(owner)
     if len(meanings) == 1:
         ((text, default), names), *_ = meanings.items()
-        text += "" if default in (None, "") else f" [dim]default {default}[/]"
+        text += "" if default in (None, "") else f" [dim]default {_short(default)}[/]"
         everyone = not isinstance(group, dict) or len(names) == len(group)
         return text if everyone else f"{', '.join(names)}: {text}"
     parts = []
     for (text, default), names in meanings.items():
-        end = "" if default in (None, "") else f", [dim]default {default}[/]"
+        end = "" if default in (None, "") else f", [dim]default {_short(default)}[/]"
         parts.append(f"{', '.join(names)}: {text.removesuffix('.')}{end}")
     return "; ".join(parts) + "."
+
+
+def _short(default):
+    """A default as the help shows it: 10 / 150 with three digits."""
+    return f"{default:.3g}" if isinstance(default, float) and len(str(default)) > 8 else default
 
 
 def _plain(annotation):
@@ -322,6 +328,14 @@ def say_other_noise(header, noise, say):
             f"note: the network was made for noise {in_words(made)}, and is certified under "
             f"{in_words(noise.describe())}"
         )
+
+
+def short_names(paths):
+    """The paths without the folders that they share, so that a narrow column tells them apart."""
+    if len(paths) < 2:
+        return list(paths)
+    shared = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path in paths])
+    return [os.path.relpath(path, shared) for path in paths]
 
 
 def load_levels(path, steps, network, images, index):

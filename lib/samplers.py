@@ -6,11 +6,12 @@ A sampler of your own is one registered class. Its fields become options of the 
     @dataclasses.dataclass(frozen=True)
     class Mine(Sampler):
         n: int = option(1000, "Draws.")
+        alpha: float = option(0.001, "Failure probability per example, one-sided.")
         first = most = property(lambda self: self.n)
         fixed = True
 
         def __call__(self, counts, noise):
-            return my_sampler(counts, noise, self.n)
+            return my_sampler(counts, noise, self.n, self.alpha)
 """
 
 import dataclasses
@@ -128,7 +129,7 @@ class InputSpecific(TwoStage):
 class RecordVotes(Sampler):
     """No certificate: a fixed number of votes of each example, for replay under any sampler."""
 
-    n: int = option(100_100, "Draws for the bound (the most, where the sampler decides).")
+    n: int = option(100_100, "Draws of each example.")
     fixed = True
     certifies = False
 
@@ -208,7 +209,7 @@ class Partition(TwoStage):
 class Adaptive(Sampler):
     """CERTIFYADP: one radius, in stages of fresh draws (lib.adaptive.certify_at)."""
 
-    radius: str = option("0.5", "The radius to certify, or rising ones between commas.")
+    radius: str = option("0.5", "The radius to certify.")
     stages: str = option("100,1000,10000,120000", "Draws of each stage, between commas.")
     n0: int = option(100, "Draws that choose the class.")
     alpha: float = option(0.001, "Failure probability per example, one-sided.")

@@ -292,3 +292,8 @@ class Both:
 
     def draw(self, n):
         return self.votes.pop(0)
+
+
+def test_a_sampler_that_promises_no_alpha_is_told_to():
+    with pytest.raises(ValueError, match=r"sampler .* has no field alpha, its promise: add one"):
+        audit(lambda counts, noise: None, Gaussian(0.5))

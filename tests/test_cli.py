@@ -785,6 +785,20 @@ def test_a_report_overwrites_no_log_and_counts_none_twice(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.png"]
 
 
+def test_a_report_tells_logs_with_long_paths_apart(reference, tmp_path):
+    paths = []
+    for name in ("a", "b"):
+        paths.append(tmp_path / ("deep" * 40) / f"run-{name}.tsv")
+        paths[-1].parent.mkdir(exist_ok=True)
+        paths[-1].write_bytes(reference.read_bytes())
+    printed = done("report", *paths)
+    assert "│ run-a.tsv │" in printed
+    assert "│ run-b.tsv │" in printed
+    assert [row["log"] for row in json.loads(done("report", *paths, "--json"))] == [
+        *map(str, paths)
+    ]
+
+
 def test_info(reference, tmp_path):
     found = json.loads(done("info", f"{reference}.npz", "--json"))
     assert (found["kind"], found["examples"], found["votes"]) == ("record", 12, 12 * 320)
@@ -977,7 +991,7 @@ def test_images_of_ones_own_are_trained_on_and_certified(tmp_path, caplog):
     said = refused("certify", model, "--data", "mine", *small, tmp_path / "x", code=2)
     assert "FILE.npz of your own images" in " ".join(said.replace("│", " ").split())
     np.savez(path, x_test=x[:9, :, :4], y_test=y[:9])
-    said = refused("certify", model, "--data", path, *small, tmp_path / "x")
+    said = refused("certify", model, "--data", path, *small, tmp_path / "x", code=2)
     assert "data must be 'images-1x8x8-10'" in said
     assert "got 'images-1x4x8-" in said
     torch.save(network[1].state_dict(), tmp_path / "plain.pth")
@@ -1140,7 +1154,17 @@ def helped(command, option, monkeypatch):
         ),
         ("train", "--k", "macer: Noisy copies of each image. default 16"),
         ("train", "--lr", "Peak of the one-cycle learning rate. default 0.1"),
-        ("certify", "--sigma", "Gaussian: Of the noise."),
+        (
+            "certify",
+            "--sigma",
+            "Gaussian: Standard deviation; pixels in [0, 1], radii in l2.",
+        ),
+        (
+            "certify",
+            "--radius",
+            "adaptive: The radius to certify, default 0.5; "
+            "anytime: The radius to certify, or rising ones between commas, default 0.5.",
+        ),
     ],
 )
 def test_help_tells_whose_an_option_is(command, option, text, monkeypatch):

@@ -17,6 +17,7 @@ from torch import nn
 from lib import BaseClassifier, Gaussian, ModelCounts, quantize, zoo
 from lib.data import load
 from lib.engine import int8
+from lib.ensemble import Ensemble
 from lib.models import build, load_checkpoint, model_hash, save_checkpoint
 from lib.store.programs import Program
 from lib.store.records import load_counts
@@ -289,3 +290,9 @@ def test_committed_networks_are_8_bit_versions_of_their_sources():
         assert header["source_sha256"] == model_hash(source)
         assert len(network.integers()) == 22
         assert sum(t.numel() for t in network.integers()) == 270_896
+
+
+def test_an_ensemble_is_not_quantised_its_members_are():
+    ensemble = Ensemble([zoo.model("digits-cnn-sigma0.25")])
+    with pytest.raises(ValueError, match="quantise each of its members"):
+        quantize(ensemble, torch.zeros(2, 1, 8, 8), Gaussian(0.25))

@@ -7,7 +7,15 @@ import safetensors.torch
 import torch
 
 from lib.data import INFO
-from lib.models import Normalize, build, load_checkpoint, model_hash, save_checkpoint
+from lib.models import (
+    ARCHITECTURES,
+    Normalize,
+    build,
+    load_checkpoint,
+    mlp,
+    model_hash,
+    save_checkpoint,
+)
 
 HEADER = {"architecture": "small_cnn", "data": "digits", "sigma": 0.5, "seed": 3}
 
@@ -108,4 +116,13 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path):
         metadata={"header": json.dumps(header)},
     )
     with pytest.raises(ValueError, match="does not fit its architecture"):
+        load_checkpoint(tmp_path / "m.safetensors")
+
+
+def test_a_checkpoint_of_an_own_architecture_says_how_to_register_it(tmp_path, monkeypatch):
+    monkeypatch.setitem(ARCHITECTURES, "mynet", mlp)
+    header = {"architecture": "mynet", "data": "digits"}
+    save_checkpoint(tmp_path / "m.safetensors", build("mynet", "digits"), header)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=r"'mynet' is not known here.* register it in a file"):
         load_checkpoint(tmp_path / "m.safetensors")

