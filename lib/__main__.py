@@ -30,7 +30,7 @@ from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
 from lib.engine.readouts import ensemble_readout
 from lib.ensemble import VOTES, Ensemble
-from lib.inventory import facts_of, json_rows
+from lib.inventory import facts_of, in_words, json_rows
 from lib.losses import LOSSES
 from lib.metrics import formatted, latex, summarize
 from lib.noise import NOISES
@@ -443,7 +443,11 @@ def report(
         typer.Option(help="Also draw certified accuracy over the radius into this file (.png)."),
     ] = None,
 ):
-    """Report what logs certify: ACR, certified accuracy at radii, abstentions, draws, time."""
+    """Report what logs certify: ACR, certified accuracy at radii, abstentions, draws, time.
+
+    Of several logs also the gain in ACR over the first one, on the examples that both hold, with
+    its standard error over these examples.
+    """
     if csv + latex + markdown + as_json > 1:
         raise typer.BadParameter("take one of --csv, --latex, --markdown, --json")
     check_report(logs, png)
@@ -470,7 +474,7 @@ def report(
 def info(
     path: Annotated[
         pathlib.Path,
-        typer.Argument(help="A checkpoint, a record or a file of levels (.npz), or a log."),
+        typer.Argument(help="A checkpoint, a record, a file of levels or images (.npz), or a log."),
     ],
     architecture: Annotated[
         Architecture | None, typer.Option(help="Where the checkpoint does not say it.")
@@ -480,13 +484,13 @@ def info(
     ] = None,
     as_json: AsJson = False,
 ):
-    """Say what a checkpoint, a record, a file of levels or a log holds, and how it was made."""
+    """Say what a checkpoint, a record, a file of levels or images or a log is, and how made."""
     facts = facts_of(path, architecture, datasets.name_of(data))
     if as_json:
         print(json.dumps(facts))
     else:
         for name, value in facts.items():
-            print(f"{name:16} {_in_words(value)}")
+            print(f"{name:16} {in_words(value) if isinstance(value, dict) else value}")
 
 
 def _print_report(table, as_json, style=None):
@@ -506,7 +510,8 @@ def _print_report(table, as_json, style=None):
         shown = Table(
             "log",
             *(header for header in cells),
-            caption="certified accuracy under each radius; ACR: mean radius, 0 where wrong",
+            caption="certified accuracy under each radius; ACR: mean radius, 0 where wrong"
+            + "; gain: in ACR, over the first log" * ("gain" in cells),
         )
         for column in shown.columns[1:]:
             column.justify = "right"
@@ -516,14 +521,6 @@ def _print_report(table, as_json, style=None):
         # Into a file or a pipe the table is as wide as it is.
         console = Console()
         (console if console.is_terminal else Console(width=200)).print(shown)
-
-
-def _in_words(value):
-    """A value of a header as text: of a dict with a name, the name and then the rest."""
-    if not isinstance(value, dict):
-        return value
-    rest = [f"{key} {part}" for key, part in value.items() if key != "name"]
-    return ", ".join([str(value.get("name")), *rest])
 
 
 def _say(text):

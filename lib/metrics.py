@@ -175,10 +175,15 @@ def summarize(logs, radii=None):
     - logs: {name: DataFrame of `lib.store.logs.read_log`}.
     - radii: of the certified accuracies; default 0, 0.25, ... up to the largest radius, included.
 
-    Returns a DataFrame indexed by `log`, with columns examples; ACR (in the logs' units);
-    abstained (a fraction); draws, the mean number per example (NaN where a log does not say);
-    seconds per example; and, named by its radius, each certified accuracy. Raises ValueError on
-    an empty log.
+    Returns a DataFrame indexed by `log`, with columns
+    - examples, and ACR (in the logs' units);
+    - of several logs gain and s.e.: the ACR over that of the first log on the examples that both
+      hold, and its standard error (NaN where they share fewer than 2, or a label differs);
+    - abstained (a fraction), draws, the mean number per example (NaN where a log does not say), and
+      seconds per example;
+    - named by its radius, each certified accuracy.
+
+    Raises ValueError on an empty log.
     """
     for name, log in logs.items():
         if not len(log):
@@ -186,18 +191,29 @@ def summarize(logs, radii=None):
     if radii is None:
         largest = max(log["radius"].max() for log in logs.values())
         radii = np.arange(0, np.nextafter(largest, np.inf), 0.25)
-    rows = {}
+    rows, first = {}, next(iter(logs.values()))
     for name, log in logs.items():
         certificates = as_certificates(log)
         accuracy = certified_accuracy(certificates, log["label"], radii)
         rows[name] = {
             "examples": len(log),
             "ACR": average_certified_radius(certificates, log["label"]),
+            **(_gain(log, first) if len(logs) > 1 else {}),
             "abstained": abstention(certificates),
             "draws": float(log["n"].mean()) if "n" in log else np.nan,
             "seconds": float(log["time"].mean()),
         } | {f"{r:.12g}": a for r, a in zip(radii, accuracy, strict=True)}
     return pd.DataFrame.from_dict(rows, orient="index").rename_axis("log")
+
+
+def _gain(log, first):
+    """The paired gain of a log over the first one, NaN where it is that one or not comparable."""
+    shared = log.merge(first, on="idx", suffixes=("", "_before"))
+    before = shared[["predict_before", "radius_before"]].rename(columns=lambda c: c.split("_")[0])
+    gain = np.nan, np.nan
+    if log is not first and len(shared) > 1 and (shared.label == shared.label_before).all():
+        gain = paired_gain(as_certificates(shared), as_certificates(before), shared.label)
+    return dict(zip(("gain", "s.e."), gain, strict=True))
 
 
 def as_certificates(log):

@@ -834,7 +834,7 @@ def test_info(reference, tmp_path):
     assert (found["kind"], found["examples"], found["sigma0"]) == ("levels", 360, 0.25)
     torch.save({"arch": "mlp", "state_dict": {}}, tmp_path / "c.tar")
     assert "missing: 1.weight" in refused("info", tmp_path / "c.tar", "--data", "digits")
-    assert "noise            Gaussian, sigma 0.5" in done("info", f"{reference}.npz")
+    assert "noise            Gaussian sigma 0.5" in done("info", f"{reference}.npz")
 
 
 def test_a_reader_that_has_enough_is_no_error():
@@ -990,6 +990,9 @@ def test_images_of_ones_own_are_trained_on_and_certified(tmp_path, caplog):
     assert "leave out" in said
     said = refused("certify", model, "--data", "mine", *small, tmp_path / "x", code=2)
     assert "FILE.npz of your own images" in " ".join(said.replace("│", " ").split())
+    held = {"kind": "images", "data": "images-1x8x8-10"}
+    held |= {"train_images": 300, "test_images": len(x) - 300}
+    assert json.loads(done("info", path, "--json")) == held
     np.savez(path, x_test=x[:9, :, :4], y_test=y[:9])
     said = refused("certify", model, "--data", path, *small, tmp_path / "x", code=2)
     assert "data must be 'images-1x8x8-10'" in said

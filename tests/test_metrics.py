@@ -88,6 +88,22 @@ def test_certificates_at_a_predetermined_radius_count_at_it(radius):
     assert table[f"{radius:g}"].tolist() == [0.5]
 
 
+def test_several_logs_are_paired_on_the_images_that_both_hold():
+    first = pd.DataFrame(
+        {"idx": [0, 1, 2], "label": 0, "predict": [0, 0, 1], "radius": [0.1, 0.2, 9.0], "time": 0}
+    )
+    other = pd.DataFrame(
+        {"idx": [2, 1, 5], "label": 0, "predict": 0, "radius": [0.5, 0.3, 0.4], "time": 0}
+    )
+    relabelled = other.assign(label=1)
+    table = summarize({"a": first, "b": other, "c": relabelled, "d": other[2:]})
+    gain = np.array([0.5 - 0.0, 0.3 - 0.2])  # of images 2 and 1
+    assert table.loc["b", "gain"] == pytest.approx(gain.mean())
+    assert table.loc["b", "s.e."] == pytest.approx(gain.std(ddof=1) / np.sqrt(2))
+    assert table.loc[["a", "c", "d"], ["gain", "s.e."]].isna().all(axis=None)
+    assert "gain" not in summarize({"a": first})
+
+
 def test_abstention_by_hand():
     assert abstention(FOUR) == 0.25
     # A certificate at the radius 0 is none.
