@@ -60,6 +60,14 @@ def expand(entry):
     return experiments
 
 
+def _of_recipe(entry, recipes):
+    """An entry with the fields of the recipe that it names, where it does not say them itself."""
+    if "recipe" not in entry:
+        return entry
+    check_choice(recipes, recipe=entry["recipe"])
+    return {k: v for k, v in (recipes[entry["recipe"]] | entry).items() if k != "recipe"}
+
+
 def _check_new(name, known, path):
     if name in known:
         raise ValueError(f"{path} has {name} twice: give one of them another name")
@@ -75,7 +83,8 @@ def read_table(path=DATA / "experiments.toml"):
     table = tomllib.loads(pathlib.Path(path).read_text())
     schedule = [field.name for field in dataclasses.fields(Schedule)]
     models, runs = {}, {}
-    for name, fields in itertools.chain.from_iterable(map(expand, table["model"])):
+    entries = [_of_recipe(entry, table.get("recipe", {})) for entry in table["model"]]
+    for name, fields in itertools.chain.from_iterable(map(expand, entries)):
         _check_new(name, models, path)
         options = {key: fields.pop(key) for key in schedule if key in fields}
         models[name] = Recipe(**fields, schedule=Schedule(**options))

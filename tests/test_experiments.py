@@ -47,6 +47,35 @@ engine = {block = 7}
         read_table(path)
 
 
+def test_an_entry_says_what_its_recipe_leaves_out(tmp_path):
+    text = """
+record = []
+[recipe.small]
+architecture = "mlp"
+data = "digits"
+lr = 0.2
+[[model]]
+name = "a"
+recipe = "small"
+sigma = 0.5
+[[model]]
+name = "b"
+recipe = "small"
+sigma = 0.5
+lr = 0.3
+"""
+    path, noise = tmp_path / "table.toml", {"name": "Gaussian", "sigma": 0.5}
+    path.write_text(text)
+    models, _, _ = read_table(path)
+    assert models == {
+        name: Recipe("mlp", "digits", noise, schedule=Schedule(lr=lr))
+        for name, lr in (("a", 0.2), ("b", 0.3))
+    }
+    path.write_text(text.replace('"small"', '"large"'))
+    with pytest.raises(ValueError, match="recipe must be one of 'small'"):
+        read_table(path)
+
+
 def test_an_ensemble_of_the_table_has_networks_of_the_table(tmp_path):
     (tmp_path / "t.toml").write_text(
         'model = []\nrecord = []\n[ensembles]\npair = "nowhere-seed0"\n'
