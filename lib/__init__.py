@@ -1,6 +1,6 @@
 """Randomized smoothing: certified robustness of any classifier by voting under noise."""
 
-from lib.adaptive import certify_anytime, certify_at, certify_staircase, last_stage_size
+from lib.adaptive import certify_anytime, certify_at, last_stage_size
 from lib.audit import audit, verdict
 from lib.bounds import (
     certified_accuracy_lower,
@@ -17,6 +17,7 @@ from lib.certify import (
     predict,
 )
 from lib.counts import RecordedCounts, SimulatedCounts
+from lib.dual import certify_dual
 from lib.engine.classifier import BaseClassifier
 from lib.engine.int8 import quantize
 from lib.engine.live import ModelCounts
@@ -24,7 +25,8 @@ from lib.ensemble import Ensemble
 from lib.iss import SampleSizeMap, certify_iss, sample_size_map
 from lib.memory import CertificateMemory
 from lib.noise import Ablation, Gaussian, Uniform
-from lib.sigma import certify_dual, optimize_sigma
+from lib.sigma import optimize_sigma
+from lib.staircase import certify_staircase
 from lib.theory import cohen_radius, lecuyer_radius, li_radius
 
 __all__ = [

@@ -30,7 +30,6 @@ from lib.engine.hardware import pick_device
 from lib.engine.jobs import Job, rank, run
 from lib.engine.readouts import ensemble_readout
 from lib.ensemble import VOTES, Ensemble
-from lib.inventory import facts_of, in_words, json_rows
 from lib.losses import LOSSES
 from lib.metrics import formatted, latex, summarize
 from lib.noise import NOISES
@@ -56,6 +55,7 @@ from lib.recipes import Recipe, quantize_network
 from lib.recipes import train as train_network
 from lib.samplers import SAMPLERS
 from lib.sigma import Ascent, search
+from lib.store.inventory import facts_of, in_words, json_rows
 from lib.store.logs import read_log, write_log
 from lib.store.records import load_counts
 from lib.train import Schedule

@@ -13,8 +13,8 @@ import torch
 from torch.nn import functional
 
 from lib.checks import check_draws, check_images, check_labels, check_seed
-from lib.copies import log_mean_softmax, logits_of_copies
 from lib.engine.admission import evaluating, logits_of
+from lib.engine.copies import log_mean_softmax, logits_of_copies
 from lib.noise import noise_stream
 
 # Noise of step t is chunk STREAMS + t of the example's stream. No ModelCounts of the same seed gets

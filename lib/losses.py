@@ -26,8 +26,8 @@ from torch.nn import functional
 
 from lib.attacks import ddn, normalised, pgd, within
 from lib.checks import check_choice, check_draws
-from lib.copies import additive, fresh_logits, log_mean_softmax, logits_of_copies
 from lib.engine.admission import evaluating
+from lib.engine.copies import additive, fresh_logits, log_mean_softmax, logits_of_copies
 from lib.models import load_checkpoint
 from lib.store.registry import Registry, option
 

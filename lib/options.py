@@ -21,10 +21,10 @@ from lib import zoo
 from lib.engine.classifier import DTYPES
 from lib.engine.hardware import pick_device
 from lib.ensemble import Ensemble
-from lib.inventory import in_words
 from lib.models import load_checkpoint, model_hash
 from lib.noise import NOISES
 from lib.sigma import load_sigma
+from lib.store.inventory import in_words
 from lib.store.registry import option
 
 

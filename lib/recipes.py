@@ -16,6 +16,7 @@ import torch
 
 from lib.checks import check_draws, difference
 from lib.data import content_hash, load
+from lib.dual import best_expert
 from lib.engine.classifier import BaseClassifier
 from lib.engine.hardware import cores, pick_device
 from lib.engine.int8 import quantize
@@ -24,7 +25,6 @@ from lib.ensemble import Ensemble, fit_weights, order_by_accuracy
 from lib.losses import LOSSES
 from lib.models import build, ensemble_header, load_checkpoint, model_hash, save_checkpoint
 from lib.noise import Gaussian, restore_noise
-from lib.sigma import best_expert
 from lib.store.files import write_atomically
 from lib.train import Schedule, fit
 
@@ -40,7 +40,7 @@ class Recipe:
     - members: above 1 an ensemble of so many networks, of the seeds seed, seed + 1, ...
     - experts: names of networks, with spaces between them, stored beside it, of one noise each:
       this one is then the router of dual smoothing among them, trained on the labels of
-      `lib.sigma.best_expert`.
+      `lib.dual.best_expert`.
     """
 
     architecture: str

@@ -19,21 +19,13 @@ import dataclasses
 import numpy as np
 from scipy.stats import binom
 
-from lib.adaptive import (
-    AIMS,
-    LOOKS,
-    certify_anytime,
-    certify_at,
-    certify_staircase,
-    check_looks,
-    failure_staircase,
-    staircase,
-)
+from lib.adaptive import certify_anytime, certify_at
 from lib.boundaries import bonferroni, certify_count, design, outcomes, two_classes
 from lib.bounds import clopper_pearson_lower, clopper_pearson_upper
 from lib.certify import ABSTAIN, Certificates, certify, certify_margin, certify_partition
 from lib.checks import check_draws, check_level
 from lib.iss import KINDS, certify_iss, failure_rate, sample_size_map
+from lib.staircase import AIMS, LOOKS, certify_staircase, check_looks, failure_staircase, staircase
 from lib.store.registry import Registry, option
 
 SAMPLERS = Registry("sampler")

@@ -27,12 +27,12 @@ from lib.experiments import (
     expand_readouts,
     recipe_of,
 )
-from lib.inventory import model_table, record_table, with_table
 from lib.models import load_checkpoint, model_hash
 from lib.noise import restore_noise
 from lib.recipes import quantize_network, train
 from lib.samplers import RecordVotes
 from lib.sigma import Ascent, load_sigma, search
+from lib.store.inventory import model_table, record_table, with_table
 from lib.store.logs import read_log
 from lib.store.published import read_published
 from lib.store.records import load_counts

@@ -13,9 +13,9 @@ from torch import nn
 from lib import attacks, zoo
 from lib.attacks import STREAMS, attack_smoothed, ddn, pgd, within
 from lib.certify import ABSTAIN, certify, predict
-from lib.copies import log_mean_softmax, logits_of_copies
 from lib.data import load
 from lib.engine.classifier import BaseClassifier
+from lib.engine.copies import log_mean_softmax, logits_of_copies
 from lib.engine.live import ModelCounts
 from lib.noise import CHUNK, Ablation, Gaussian, Uniform, noise_stream
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lib.experiments import DATA, ENSEMBLES, MODELS, RUNS
-from lib.inventory import model_table, record_table, with_table
+from lib.store.inventory import model_table, record_table, with_table
 
 
 @pytest.mark.parametrize(("folder", "table"), [("models", model_table), ("records", record_table)])

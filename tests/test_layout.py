@@ -22,12 +22,12 @@ engine.hardware engine.folding engine.admission engine.tuning engine.*
 engine.classifier engine.readouts engine.live engine.processes engine.settings engine.stages
 engine.jobs engine.moments
 counts
-certify iss adaptive audit memory sigma copies attacks losses metrics
+certify iss adaptive staircase audit memory sigma dual engine.copies attacks losses metrics
 samplers plots
 train
 recipes
 experiments
-inventory
+store.inventory
 zoo options
 __init__
 __main__

@@ -10,7 +10,8 @@ import torch
 from scipy.stats import norm
 from torch import nn
 
-from lib import copies, losses
+from lib import losses
+from lib.engine import copies
 from lib.losses import (
     LOSSES,
     CatRsLoss,

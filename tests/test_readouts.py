@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from lib.adaptive import certify_anytime, certify_at, certify_staircase
+from lib.adaptive import certify_anytime, certify_at
 from lib.certify import certify, certify_margin, certify_partition, predict
 from lib.counts import RecordedCounts
 from lib.engine import classifier, jobs
@@ -18,6 +18,7 @@ from lib.ensemble import Ensemble
 from lib.iss import certify_iss, sample_size_map
 from lib.noise import CHUNK, Gaussian, noise_stream
 from lib.samplers import Certify, InputSpecific, RecordVotes
+from lib.staircase import certify_staircase
 from lib.store.logs import read_log
 from lib.store.records import load_counts
 

@@ -8,10 +8,10 @@ import torch
 
 from lib import recipes, zoo
 from lib.data import load
+from lib.dual import best_expert
 from lib.models import load_checkpoint, model_hash
 from lib.noise import Gaussian, restore_noise
 from lib.recipes import Recipe
-from lib.sigma import best_expert
 from lib.train import Schedule
 
 

@@ -9,14 +9,7 @@ import torch
 from scipy.special import ndtr, ndtri
 from scipy.stats import binom
 
-from lib.adaptive import (
-    certify_anytime,
-    certify_at,
-    certify_staircase,
-    failure_staircase,
-    last_stage_size,
-    staircase,
-)
+from lib.adaptive import certify_anytime, certify_at, last_stage_size
 from lib.certify import certify, certify_margin, certify_partition
 from lib.counts import ModelCounts, RecordedCounts, SimulatedCounts
 from lib.iss import certify_iss, failure_rate, sample_size_map
@@ -43,6 +36,7 @@ from lib.samplers import (
     RecordVotes,
     Staircase,
 )
+from lib.staircase import certify_staircase, failure_staircase, staircase
 from lib.store.records import load_counts, save_counts
 from lib.store.registry import Registry, option
 
