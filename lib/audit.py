@@ -11,6 +11,7 @@ theorem 1 allows.
 
 import numpy as np
 import pandas as pd
+from scipy.special import ndtr
 from scipy.stats import binomtest
 
 from lib.bounds import clopper_pearson_lower, clopper_pearson_upper
@@ -53,13 +54,16 @@ def truths(sampler, noise):
 
     Ties, near ties, the middle, near certainty; three and ten classes; and the probability just
     below the one that certifies a radius: the `radii` of a sampler that has them, else some of the
-    radii of a noise that counts pixels.
+    radii of a noise that counts pixels. A sampler that states neither `radii` nor an exact
+    `failure` may decide anywhere: two classes at 30 more probabilities.
     """
     rows = [[p, 1 - p] for p in (0.5, 0.501, 0.53, 0.6, 0.8, 0.95, 0.999)]
     rows += [[0.4, 0.35, 0.25], [1 / 3 + 2e-9, 1 / 3 - 1e-9, 1 / 3 - 1e-9], [0.5, 0.25, 0.25]]
     rows += [[0.2, 0.14, *[0.66 / 8] * 8], [0.1 + 9e-9, *[0.1 - 1e-9] * 9]]
     radii = getattr(sampler, "radii", [])
-    if noise.norm == "l0" and not np.size(radii):
+    if not np.size(radii) and not hasattr(sampler, "failure"):
+        rows += [[p, 1 - p] for p in ndtr(np.arange(0.1, 3.05, 0.1))]
+    if noise.stepped and not np.size(radii):
         radii = np.unique(np.linspace(1, max(1, noise.radius(1.0)), 6).astype(int))
     for radius in np.atleast_1d(radii):
         p = float(noise.probability(radius)) * (1 - 1e-12)
@@ -118,7 +122,8 @@ def _row(sampler, noise, p, alpha, runs, seed):
 
 def worst(table):
     """The largest rate of an audit, exact where it is known: a row of its table, as a dict."""
-    rate = table["exact"].where(table["exact"].notna(), table["rate"])
+    refuted = table["rate"].where(table["p-value"] < SURE, 0.0)
+    rate = table["exact"].where(table["exact"].notna(), table["rate"]).clip(lower=refuted)
     return table.loc[rate.idxmax()].to_dict() | {"rate": float(rate.max())}
 
 

@@ -10,6 +10,8 @@ import tomllib
 
 from lib.checks import check_choice
 from lib.engine.readouts import Readout, readout
+from lib.losses import LOSSES
+from lib.noise import restore_noise
 from lib.recipes import Recipe
 from lib.train import Schedule
 
@@ -56,6 +58,10 @@ def expand(entry):
         fields |= texts
         if "sigma" in fields:
             fields["noise"] = {"name": "Gaussian", "sigma": float(fields.pop("sigma"))}
+        if "noise" in fields:
+            fields["noise"] = restore_noise(fields["noise"]).describe()
+        if "loss" in fields:
+            LOSSES.restore(fields["loss"])
         experiments.append((fields.pop("name"), fields))
     return experiments
 

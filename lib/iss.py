@@ -143,7 +143,7 @@ def sample_size_map(n_max, decline, kind, noise, alpha, step=0.001):
         )
     if np.ndim(n_max):
         raise ValueError("n_max must be a single number: a map belongs to one n_max")
-    if noise.norm == "l0":
+    if noise.stepped:
         raise ValueError(
             "noise must have a radius that rises steadily with p: in steps, the ends of an "
             f"interval do not bound the decline within it; got {noise}"

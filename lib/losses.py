@@ -29,9 +29,10 @@ from lib.checks import check_choice, check_draws
 from lib.engine.admission import evaluating
 from lib.engine.copies import additive, fresh_logits, log_mean_softmax, logits_of_copies
 from lib.models import load_checkpoint
+from lib.noise import Gaussian
 from lib.store.registry import Registry, option
 
-LOSSES = Registry("loss")
+LOSSES = Registry("loss", needs=("passes", "__call__"))
 register = LOSSES.register
 ATTACKS, TRAIN = ("pgd", "ddn"), ("each", "mean")
 
@@ -139,8 +140,8 @@ class MacerLoss:
         return dataclasses.replace(self, lbd=lbd, deferred=0.0)
 
     def __call__(self, model, x, y, noise, generator):
-        if noise.norm != "l2":
-            raise ValueError(f"noise must be Gaussian for MACER's l2 radius; got {noise}")
+        if not isinstance(noise, Gaussian):
+            raise ValueError(f"noise must be Gaussian for MACER's radius; got {noise}")
         logits = fresh_logits(model, x, noise, generator, self.k)
         loss = functional.nll_loss(log_mean_softmax(logits), y)
         if self.lbd:

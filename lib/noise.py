@@ -11,7 +11,9 @@ command line:
 
         def sample(self, x, generator): ...
         def radius(self, p_lower): ...
-        def probability(self, radius): ...
+
+Nothing checks that `radius` is right but you: `lib.audit` takes it as the truth. Chapter 11,
+section 4, tries formulas on classifiers whose radius is known without them.
 """
 
 import dataclasses
@@ -32,7 +34,7 @@ CHUNK = 100  # draws that share one random stream: part of the definition of the
 # `ensemble.noisy_logits` draws held-out images' noise from another kind of generator (PCG64).
 PURPOSES = {"replay": 1, "simulation": 2, "search": 81}
 
-NOISES = Registry("noise")
+NOISES = Registry("noise", needs=("norm", "sample", "radius"))
 register = NOISES.register
 
 
@@ -41,23 +43,45 @@ class Noise:
 
     A distribution states its law once, by
     - norm: of its radius, such as "l2";
-    - sample(x, generator): noisy images, whose randomness comes from `generator` alone
-      (`standard_normal` and `standard_uniform` draw from any kind of generator);
+    - sample(x, generator): noisy images, independent of each other, whose randomness comes from
+      `generator` alone (`standard_normal` and `standard_uniform` draw from any kind of generator);
     - radius(p_lower): what a lower bound of the top class's probability certifies, 0 below 1/2;
-    - probability(radius): its inverse.
-    Each field is one number, or a float64 array [B] with one value per example.
+    - radius_two(p_a, p_b), where there is one: the same from an upper bound p_b of every other
+      class's (`certify_margin`, `certify_partition` and a runner-up ask for it);
+    - probability(radius): the inverse of `radius`, found by bisection where the class has none.
+    Each field is one number, or a float64 array [B] with one value per example; a constant of
+    several numbers is a tuple.
+
+    - stepped: whether the radius rises with p in steps. added: whether the noise is added to the
+      image, so that its law is the same at every image.
     """
 
     norm = None
+    stepped = False
+    added = True
+
+    def probability(self, radius):
+        """The least top-class probability that certifies `radius`; 1 where none does."""
+        radius = check_radius(radius)
+        low = np.full(np.broadcast_shapes(np.shape(radius), np.shape(self.radius(1.0))), 0.5)
+        high = np.ones_like(low)
+        for _ in range(60):
+            middle = (low + high) / 2
+            enough = self.radius(middle) >= radius
+            low, high = np.where(enough, low, middle), np.where(enough, middle, high)
+        return high[()]
 
     def describe(self):
         """The distribution as data, {"name": ..., its fields}; `restore_noise` is the inverse."""
         return NOISES.describe(self)
 
+    def _fields(self):
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+
     @property
     def size(self):
         """Number of examples that have a value of their own; None where all share one."""
-        sizes = {len(value) for value in vars(self).values() if np.ndim(value)}
+        sizes = {len(v) for v in self._fields().values() if isinstance(v, np.ndarray) and v.ndim}
         if len(sizes) > 1:
             raise ValueError(
                 f"noise: its arrays differ in length, {sorted(sizes)}: one per example"
@@ -68,13 +92,14 @@ class Noise:
         """The noise of the chosen examples: itself where all examples share it."""
         if self.size is None:
             return self
-        chosen = {name: v[index] for name, v in vars(self).items() if np.ndim(v)}
+        own = self._fields().items()
+        chosen = {name: v[index] for name, v in own if isinstance(v, np.ndarray) and v.ndim}
         return dataclasses.replace(self, **chosen)
 
     def __eq__(self, other):
         if type(other) is not type(self):
             return NotImplemented
-        mine, others = vars(self), vars(other)
+        mine, others = self._fields(), other._fields()
         return all(np.array_equal(value, others[name]) for name, value in mine.items())
 
     def __hash__(self):
@@ -278,6 +303,8 @@ class Ablation(Noise):
     keep: int = option(MISSING, "Pixels that are kept; radii in l0, changed pixels.")
     pixels: int = option(MISSING, "Pixels of an image, height times width.")
     norm = "l0"
+    stepped = True
+    added = False
     erased = -1.0  # no pixel has this value: a classifier can tell erased from black
 
     def __post_init__(self):

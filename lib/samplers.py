@@ -28,7 +28,7 @@ from lib.iss import KINDS, certify_iss, failure_rate, sample_size_map
 from lib.staircase import AIMS, LOOKS, certify_staircase, check_looks, failure_staircase, staircase
 from lib.store.registry import Registry, option
 
-SAMPLERS = Registry("sampler")
+SAMPLERS = Registry("sampler", needs=("first", "most", "__call__"))
 register = SAMPLERS.register
 
 
@@ -37,7 +37,9 @@ class Sampler:
 
     - first: draws of each example in the first stage. most: the most draws of an example.
     - fixed: whether every example takes `most` draws, whatever its votes are. Only then can the
-      votes be replayed under another sampler, and the run be continued to more draws.
+      votes be replayed under another sampler, and the run be continued to more draws (a larger
+      field `n`).
+    - radii, where it decides at some: the audit tries the probabilities just below theirs.
     - certifies: whether it makes certificates, or only records votes.
     - standard: draws of the CERTIFY that reaches the same radii, for SampleRF; None: not asked.
     - failure(p, noise), where it has one: P(its bound is above the truth) for two classes, exactly:

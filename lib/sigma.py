@@ -30,7 +30,7 @@ from lib.engine.hardware import cores
 from lib.engine.progress import progress_bar
 from lib.engine.settings import changed
 from lib.models import model_hash
-from lib.noise import PURPOSES, Gaussian
+from lib.noise import PURPOSES, Gaussian, Uniform
 from lib.store.records import load_arrays, save_arrays
 from lib.store.registry import option
 
@@ -38,8 +38,8 @@ EVERY = 100  # steps between two entries of a path of sigma
 CLASS_DRAWS = 100  # draws at sigma0 that fix the class, where the objective keeps one class
 # The radius as a function of the scale of the noise and the scores of the two best classes.
 RADII = {
-    "l2": lambda scale, a, b: scale / 2 * (ndtri(a) - ndtri(b)),
-    "l1": lambda scale, a, b: scale * (a - b),
+    Gaussian: lambda scale, a, b: scale / 2 * (ndtri(a) - ndtri(b)),
+    Uniform: lambda scale, a, b: scale * (a - b),
 }
 
 
@@ -79,7 +79,12 @@ class Objective:
     def __post_init__(self):
         check_choice(("softmax", "logits"), scores=self.scores)
         check_choice(("next", "rest"), against=self.against)
-        check_choice(RADII, **{"noise.norm": getattr(self.noise, "norm", None)})
+        if self.noise not in RADII:
+            known = ", ".join(kind.__name__ for kind in RADII)
+            raise ValueError(
+                f"noise must be one of {known}: the search needs its radius over sigma, "
+                f"an entry of lib.sigma.RADII; got {self.noise.__name__}"
+            )
         for name, top in (("clamp", 1), ("bounds", np.inf)):
             pair = getattr(self, name)
             if not (isinstance(pair, tuple) and len(pair) == 2 and 0 < pair[0] < pair[1] < top):
@@ -104,7 +109,7 @@ class Objective:
             second = scores.scatter(1, top[:, None], -torch.inf).amax(dim=1)
         if self.against == "rest":
             second = 1 - first
-        return RADII[self.noise.norm](scale, first.clamp(*self.clamp), second.clamp(*self.clamp))
+        return RADII[self.noise](scale, first.clamp(*self.clamp), second.clamp(*self.clamp))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,7 @@ from lib.checks import (
 from lib.engine.admission import logits_of
 from lib.engine.hardware import keep_freed_memory
 from lib.engine.progress import progress_bar
-from lib.sigma import Objective, carry
+from lib.sigma import RADII, Objective, carry
 from lib.store.files import sha256, write_atomically
 from lib.store.registry import option
 
@@ -119,7 +119,7 @@ def fit(
     check_images(x)
     if noise.size not in (None, len(x)):
         raise ValueError(f"noise must have one level, or {len(x)}, one per image; got {noise.size}")
-    if schedule.sigma_steps is not None and (len(vars(noise)) != 1 or noise.norm == "l0"):
+    if schedule.sigma_steps is not None and type(noise) not in RADII:
         raise ValueError(f"noise must have one level that sigma_steps can move; got {noise}")
     settings = _settings(model, x, y, loss, noise, schedule, state)
     device = torch.device(device) if device else next(model.parameters()).device

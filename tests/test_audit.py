@@ -9,7 +9,7 @@ from scipy.stats import binom, binomtest
 
 from lib.audit import audit, is_false, true_radius, truths, verdict, worst
 from lib.bounds import clopper_pearson_lower
-from lib.certify import ABSTAIN, Certificates, certify, certify_margin, predict
+from lib.certify import ABSTAIN, Certificates, certify, certify_margin, predict, votes_for
 from lib.counts import SimulatedCounts
 from lib.noise import Ablation, Gaussian, Uniform
 from lib.samplers import (
@@ -238,6 +238,38 @@ def test_the_interval_of_the_rate():
 def test_one_row_condemns(exact, p_value, expected):
     table = pd.DataFrame({"exact": [0.9, exact], "p-value": [0.5, p_value]})
     assert verdict(table) == expected
+
+
+def test_a_sampler_that_states_nothing_is_tried_all_over():
+    """One that stops early at a radius, else counts all: it errs near that radius alone."""
+
+    alpha = 0.05
+
+    def greedy(counts, noise):
+        votes = votes_for(np.zeros(len(counts), dtype=int), counts.draw(200))
+        some = noise.radius(clopper_pearson_lower(votes, 200, alpha))
+        votes = votes + votes_for(np.zeros(len(counts), dtype=int), counts.draw(800))
+        rest = noise.radius(clopper_pearson_lower(votes, 1000, alpha))
+        radius = np.where(some >= 0.25, some, rest)
+        zero = np.zeros(len(counts), dtype=int)
+        return Certificates(np.where(radius > 0, zero, ABSTAIN), radius, radius, zero + 1000)
+
+    rows = truths(greedy, NOISE)
+    assert len(rows) == len(truths(Certify(), NOISE)) + 30
+    assert verdict(audit(greedy, NOISE, truths(Certify(), NOISE), alpha, 20_000)) == "holds"
+    assert verdict(audit(greedy, NOISE, alpha=alpha, runs=20_000)) == "fails"
+
+
+def test_the_worst_rate_is_a_simulated_one_where_that_refutes_the_exact():
+    """A noise whose probability does not fit its radius: the exact error knows nothing of it."""
+
+    class Wrong(Gaussian):
+        def probability(self, radius):
+            return super().probability(radius) - 0.2
+
+    table = audit(Adaptive(radius="0.5", alpha=0.05), Wrong(0.5), [[0.75, 0.25]], runs=2000)
+    assert verdict(table) == "fails"
+    assert worst(table)["rate"] == table["rate"].max() > 2 * table["exact"].max()
 
 
 def test_a_sampler_without_alpha_must_be_told():

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lib.experiments import ENGINES, expand_readouts, read_table
+from lib.experiments import ENGINES, expand, expand_readouts, read_table
 from lib.recipes import Recipe
 from lib.train import Schedule
 
@@ -74,6 +74,26 @@ lr = 0.3
     path.write_text(text.replace('"small"', '"large"'))
     with pytest.raises(ValueError, match="recipe must be one of 'small'"):
         read_table(path)
+
+
+def test_the_table_says_a_noise_in_full_and_names_what_is_unknown(tmp_path):
+    text = """
+model = []
+[[record]]
+name = "r"
+model = "m"
+noise = {name = "Gaussian", sigma = 0.5}
+n = 10
+"""
+    path = tmp_path / "table.toml"
+    for noise, message in (("Gausian", "noise must be one of"), ("Uniform", "takes no sigma")):
+        path.write_text(text.replace("Gaussian", noise))
+        with pytest.raises(ValueError, match=message):
+            read_table(path)
+    (_, fields), *_ = expand({"name": "a", "noise": {"name": "Uniform", "half": 1}})
+    assert fields["noise"] == {"name": "Uniform", "half": 1.0}
+    with pytest.raises(ValueError, match="loss must be one of"):
+        expand({"name": "a", "loss": {"name": "arss"}})
 
 
 def test_an_ensemble_of_the_table_has_networks_of_the_table(tmp_path):

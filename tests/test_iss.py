@@ -585,3 +585,9 @@ def test_a_radius_in_steps_is_refused():
     """Its psi is a saw: the sizes at the ends of an interval do not bound the decline within it."""
     with pytest.raises(ValueError, match="noise must have a radius that rises steadily"):
         sample_size_map(1000, 0.5, "absolute", Ablation(8, 64), 0.001)
+
+    class Table(Gaussian):
+        stepped = True
+
+    with pytest.raises(ValueError, match="noise must have a radius that rises steadily"):
+        sample_size_map(1000, 0.05, "absolute", Table(0.5), 0.001)

@@ -169,6 +169,13 @@ def test_a_fixed_sampler_is_journaled_after_few_blocks(tmp_path, monkeypatch):
     assert passes <= 5 * (2 + 19)
 
 
+def test_a_sampler_that_wrongly_says_it_is_fixed_is_told_at_once(tmp_path, monkeypatch):
+    """Else its run would never end: its examples would have fewer draws than `most` for ever."""
+    monkeypatch.setattr(InputSpecific, "fixed", True)
+    with pytest.raises(ValueError, match="but states fixed = True with 2016"):
+        run(InputSpecific(16, 2000, 0.05), 9, tmp_path / "log")
+
+
 def test_a_run_is_continued_with_more_examples_and_more_draws_at_once(tmp_path):
     run(Certify(20, 100), 5, tmp_path / "log", of=9)
     votes = run(Certify(20, 200), 6, tmp_path / "log", of=9)[1]

@@ -23,7 +23,7 @@ from lib.losses import (
     StabilityLoss,
 )
 from lib.models import model_hash
-from lib.noise import Gaussian
+from lib.noise import Ablation, Gaussian, Uniform
 from lib.train import Schedule, fit
 
 W = np.array([3.0, -2.0, -2.0, 1.0])
@@ -53,13 +53,12 @@ class Linear(nn.Module):
         return torch.stack([z, torch.zeros_like(z)], dim=1)
 
 
-@dataclasses.dataclass
-class Fixed:
+class Fixed(Gaussian):
     """Noise that is known: the copies of the one image get these shifts along w, in logits."""
 
-    shifts: tuple
-    sigma: float = 0.5
-    norm = "l2"
+    def __init__(self, shifts, sigma=0.5):
+        super().__init__(sigma)
+        object.__setattr__(self, "shifts", shifts)
 
     def select(self, index):
         return self
@@ -484,9 +483,12 @@ def test_bad_hyper_parameters(make, message):
 
 
 def test_losses_that_need_additive_l2_noise_refuse_others():
-    class Other:
-        norm = "l0"
-
     for loss in (MacerLoss(), SmoothAdvLoss(), CatRsLoss()):
         with pytest.raises(ValueError, match="noise must be"):
-            value(loss, network(), *batch(), Other())
+            value(loss, network(), *batch(), Ablation(4, 64))
+    clipped = Gaussian(0.5)
+    object.__setattr__(clipped, "added", False)  # as of a noise that keeps pixels in [0, 1]
+    with pytest.raises(ValueError, match="noise must be added to the image"):
+        value(SmoothAdvLoss(), network(), *batch(), clipped)
+    with pytest.raises(ValueError, match="noise must be Gaussian for MACER"):
+        value(MacerLoss(), network(), *batch(), Uniform(0.5))

@@ -1,6 +1,7 @@
 """Noise, samplers and losses as data: one registered class gets files, streams and refusals."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pandas as pd
@@ -16,6 +17,7 @@ from lib.iss import certify_iss, failure_rate, sample_size_map
 from lib.losses import LOSSES, GaussianLoss
 from lib.noise import (
     NOISES,
+    Ablation,
     Gaussian,
     Noise,
     Uniform,
@@ -136,6 +138,70 @@ def test_unknown_names_options_and_classes_are_refused():
         things.describe(3)
     with pytest.raises(ValueError, match="'a' is registered already"):
         things.register("a")(Certify)
+    elsewhere = type("A", (), {"__module__": "mine", "__qualname__": A.__qualname__})
+    with pytest.raises(ValueError, match="'a' is registered already"):
+        things.register("a")(elsewhere)
+
+
+def test_a_class_that_lacks_what_its_kind_needs_is_refused():
+    """A loss of one's own does not become a noise by the wrong import of `register`."""
+    with pytest.raises(ValueError, match="noise 'mine' lacks norm, sample, radius: each noise has"):
+        NOISES.register("mine")(GaussianLoss)
+    assert "mine" not in NOISES
+    with pytest.raises(ValueError, match="sampler 'mine' lacks first, most"):
+        SAMPLERS.register("mine")(GaussianLoss)
+
+
+@pytest.fixture
+def laplace(monkeypatch):
+    """As short as a noise can be: no inverse of the radius, a table of its own, a tuple."""
+    monkeypatch.setattr("lib.noise.NOISES", registry := Registry("noise"))
+    registry |= NOISES
+
+    @registry.register("Laplace")
+    @dataclasses.dataclass(frozen=True, eq=False)
+    class Laplace(Noise):
+        scale: float
+        corner: tuple = (0.0, 1.0, 2.0)
+        norm = "l1"
+
+        @functools.cached_property
+        def table(self):
+            return np.arange(5)
+
+        def sample(self, x, generator):
+            unit = standard_uniform(x, generator)
+            return x + self.scale * (unit - 0.5).sign() * (unit - 0.5).abs().mul(-2).log1p().neg()
+
+        def radius(self, p_lower):
+            p = np.asarray(p_lower)
+            with np.errstate(divide="ignore"):
+                return np.maximum(0.0, -self.scale * np.log(2 * (1 - p)))[()]
+
+    return Laplace
+
+
+def test_a_noise_without_probability_gets_it_by_bisection(laplace):
+    noise, exact = laplace(0.5), 1 - np.exp(-np.array([0.0, 0.3, 1.0]) / 0.5) / 2
+    np.testing.assert_allclose(noise.probability([0.0, 0.3, 1.0]), exact, rtol=1e-12)
+    assert isinstance(noise.probability(0.3), float)
+    steps = np.arange(1, 4)
+    assert (Noise.probability(Ablation(8, 64), steps) <= Ablation(8, 64).probability(steps)).all()
+    assert (Ablation(8, 64).radius(Noise.probability(Ablation(8, 64), steps)) == steps).all()
+    counts = SimulatedCounts([[0.95, 0.05]] * 3)
+    assert (certify_at(counts, noise, 0.3, (100, 1000), 0.01, 0.01).radius == 0.3).all()
+    assert sample_size_map(1000, 0.05, "absolute", noise, 0.01).psi(0.9) > 0
+
+
+def test_only_arrays_among_a_noises_fields_are_one_number_per_example(laplace):
+    noise = laplace(0.5)
+    assert len(noise.table) == 5
+    assert noise.size is None
+    assert noise == laplace(0.5) != laplace(0.5, (0.0, 1.0, 3.0))
+    again = noise.__class__(**{k: v for k, v in noise.describe().items() if k != "name"})
+    assert again == noise
+    assert hash(again) == hash(noise)
+    assert laplace(np.array([0.5, 0.25])).select([1]).scale.tolist() == [0.25]
 
 
 def test_one_number_is_the_level_of_noise_and_radius():

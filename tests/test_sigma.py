@@ -19,7 +19,7 @@ from lib.counts import RecordedCounts, SimulatedCounts
 from lib.data import load
 from lib.engine.classifier import BaseClassifier
 from lib.experiments import ENGINES
-from lib.noise import Gaussian, Uniform
+from lib.noise import Ablation, Gaussian, Uniform
 from lib.sigma import (
     Ascent,
     Objective,
@@ -233,6 +233,7 @@ def test_objective_and_grid_refuse_bad_input():
         {"clamp": (0.0, 1.0)},
         {"bounds": (0, 1)},
         {"noise": int},
+        {"noise": Ablation},
     ):
         with pytest.raises(ValueError, match=next(iter(field))):
             Objective(**field)

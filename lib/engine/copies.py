@@ -20,7 +20,7 @@ def _noisy(x, noise, generator, m):
 
 def additive(x, noise, generator, m):
     """The noise itself, [B m, ...], for losses that hold it fixed while the image moves."""
-    if noise.norm == "l0":
+    if not noise.added:
         raise ValueError(f"noise must be added to the image for this loss; got {noise}")
     return _noisy(torch.zeros_like(x), noise, generator, m)
 

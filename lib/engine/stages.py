@@ -31,6 +31,11 @@ def certify_group(job, base, group, entries):
             f"sampler took {drawn.max()} draws of an example, more than the {job.sampler.most} "
             "that it states (most)"
         )
+    if job.sampler.fixed and (drawn < job.sampler.most).any():
+        raise ValueError(
+            f"sampler took {drawn.min()} draws of an example, but states fixed = True with "
+            f"{job.sampler.most} (most): leave fixed out where the votes decide on more draws"
+        )
     new = drawn - had
     seconds = (time.perf_counter() - start) * new / max(1, new.sum())
     seconds += [entries.get(example, {}).get("time", 0.0) for example in group]

@@ -23,18 +23,25 @@ class Registry(dict):
     """Classes by name: {name: frozen dataclass}.
 
     - kind: what the classes are ("noise", "sampler"), for error messages.
+    - needs: names that each class must have.
     """
 
-    def __init__(self, kind):
+    def __init__(self, kind, needs=()):
         super().__init__()
-        self.kind = kind
+        self.kind, self.needs = kind, needs
 
     def register(self, name):
         """Decorator: make a frozen dataclass known under `name`."""
 
         def add(cls):
-            if self.get(name, cls).__qualname__ != cls.__qualname__:
+            old = self.get(name, cls)
+            if (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise ValueError(f"{self.kind} {name!r} is registered already: take another name")
+            if lacks := [need for need in self.needs if getattr(cls, need, None) is None]:
+                raise ValueError(
+                    f"{self.kind} {name!r} lacks {', '.join(lacks)}: each {self.kind} has "
+                    f"{', '.join(self.needs)}"
+                )
             self[name] = cls
             cls.name = name
             return cls
@@ -44,7 +51,10 @@ class Registry(dict):
     def make(self, name, **options):
         """The thing of this name with these options. Raises ValueError naming what is unknown."""
         if name not in self:
-            raise ValueError(f"{self.kind} must be one of {', '.join(self)}; got {name!r}")
+            raise ValueError(
+                f"{self.kind} must be one of {', '.join(self)}; got {name!r} (one of your own: "
+                "register its class, and run your file in place of -m lib)"
+            )
         known = [field.name for field in dataclasses.fields(self[name])]
         if foreign := sorted(set(options) - set(known)):
             raise ValueError(
@@ -75,4 +85,6 @@ class Registry(dict):
 
 
 def _plain(value):
+    if isinstance(value, tuple):
+        return list(value)
     return value.tolist() if isinstance(value, np.ndarray | np.generic) else value
