@@ -17,7 +17,7 @@ from scipy.optimize import minimize_scalar
 from scipy.stats import binomtest, chisquare, hypergeom, kstest, norm
 
 from lib.counts import ModelCounts
-from lib.noise import Ablation, Gaussian, Uniform, restore_noise
+from lib.noise import NOISES, Ablation, Gaussian, Noise, Uniform, restore_noise
 from lib.theory import cohen_radius, lecuyer_bound, lecuyer_radius, li_bound, li_radius
 
 sigmas = st.floats(0.01, 4)
@@ -415,6 +415,37 @@ def test_the_radius_of_two_probabilities(noise):
     assert (noise.radius_two(p / 2, p) == 0).all()
     with pytest.raises(ValueError, match="p_b"):
         noise.radius_two(p, -p)
+
+
+ALL = [Gaussian(0.25), Uniform(0.5), Ablation(8, 64)]
+
+
+def test_every_noise_is_among_those_tried_here():
+    assert {type(noise) for noise in ALL} == set(NOISES.values())
+
+
+@pytest.mark.parametrize("noise", ALL, ids=repr)
+def test_what_every_noise_owes(noise):
+    """Copies that are independent and depend on their stream alone; a radius and its inverse."""
+    x = torch.full((200, 1, 8, 8), 0.5)
+    drawn, again = (noise.sample(x, np.random.default_rng(3)) for _ in range(2))
+    assert torch.equal(drawn, again)
+    assert (x == 0.5).all()
+    flat = drawn.flatten(1).double()
+    assert abs(np.corrcoef(flat[:100].ravel(), flat[100:].ravel())[0, 1]) < 0.05
+    law = drawn.mean() - noise.sample(torch.zeros_like(x), np.random.default_rng(3)).mean()
+    assert (abs(float(law) - 0.5) < 1e-6) == noise.added
+    p = np.linspace(0.5, 0.999, 200)
+    radius = noise.radius(p)
+    assert radius[0] == 0
+    assert (np.diff(radius) >= 0).all()
+    assert ((np.diff(radius) == 0).any()) == noise.stepped
+    some = np.unique(radius[radius > 0])
+    least = noise.probability(some)
+    assert (noise.radius(np.minimum(1, least * (1 + 1e-9))) >= some * (1 - 1e-9)).all()
+    assert (noise.radius(least * (1 - 1e-6)) < some).all()
+    np.testing.assert_allclose(Noise.probability(noise, some), least, rtol=1e-9)
+    assert restore_noise(noise.describe()) == noise
 
 
 def test_ablation_radius_by_hand():
