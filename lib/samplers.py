@@ -197,6 +197,10 @@ class Partition(TwoStage):
     def __call__(self, counts, noise):
         return certify_partition(counts, noise, self.n0, self.n, self.alpha, self.merge)
 
+    def failure(self, p, noise):
+        """P(false certificate) for two classes, exactly: two groups, so CERTIFY at alpha / 2."""
+        return Certify(self.n0, self.n, self.alpha / 2).failure(p, noise)
+
 
 @register("adaptive")
 @dataclasses.dataclass(frozen=True)

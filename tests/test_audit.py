@@ -295,17 +295,19 @@ def test_samplers_of_given_radii_are_audited_just_below_each(sampler):
         assert below == [2, 3]
 
 
-@pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.9])
-def test_margins_exact_error_is_the_sum_over_all_counts(share):
-    """Of two classes, at any share: by certify_margin itself on every possible count."""
-    sampler, p, n = Margin(n0=5, n=60, alpha=0.05, share=share), 0.6, 60
-    hits = np.arange(n + 1)
-    rate = 0.0
+@pytest.mark.parametrize(
+    "sampler",
+    [*(Margin(5, 60, 0.05, share) for share in (0.1, 0.3, 0.5, 0.9)), Partition(5, 60, 0.05)],
+    ids=repr,
+)
+def test_the_exact_error_of_two_bounds_is_the_sum_over_all_counts(sampler):
+    """Of two classes: by the sampler itself on every possible count."""
+    p, n, hits, rate = 0.6, 60, np.arange(61), 0.0
     for chosen, q, chance in ((0, p, binom.sf(2, 5, p)), (1, 1 - p, binom.cdf(2, 5, p))):
         first = np.tile(np.eye(2, dtype=int)[chosen] * 5, (n + 1, 1))
         votes = np.stack([hits, n - hits], axis=1)
         votes = votes if chosen == 0 else votes[:, ::-1]
-        found = certify_margin(Both(first, votes), Gaussian(0.5), 5, n, 0.05, share)
+        found = sampler(Both(first, votes), Gaussian(0.5))
         true = Gaussian(0.5).radius(q)
         rate += chance * binom.pmf(hits[found.radius > true + 1e-12], n, q).sum()
     assert sampler.failure(p, Gaussian(0.5)) == pytest.approx(rate, rel=1e-9)
