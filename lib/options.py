@@ -86,6 +86,9 @@ def with_options(function, groups):
 
     - function: takes them as keywords; those not given are left out.
     - groups: dataclasses and registries.
+
+    Raises ValueError where a name would mean two things: a field of two groups, or one that is an
+    option or argument of the command itself.
     """
 
     @functools.wraps(function)
@@ -94,14 +97,36 @@ def with_options(function, groups):
 
     own = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
     every = {p.name: p for p in own}
-    for parameter in (p for group in groups for p in parameters(group)):
-        first = every.setdefault(parameter.name, parameter)
-        if first is not parameter:  # an option of two groups
-            told, also = (p.annotation.__metadata__[0] for p in (first, parameter))
-            told.help = f"{told.help}; {also.help}"
+    itself = f"the command {function.__name__} itself"
+    whose = {name: itself for name in ("help", *(name for p in own for name in _spellings(p)))}
+    for group in groups:
+        for parameter in parameters(group):
+            name, owners = parameter.name, _in_words(group, fields(group)[parameter.name])
+            if name in whose:
+                raise ValueError(
+                    f"{flag(name)} would be an option of {whose[name]} and of {owners}: rename the "
+                    f"field {name} of your class"
+                )
+            whose[name], every[name] = owners, parameter
     offered.__signature__ = inspect.Signature(list(every.values()))
     offered.__annotations__ = {name: p.annotation for name, p in every.items()}
     return offered
+
+
+def _spellings(parameter):
+    """The names that a command's own option or argument takes: as_json and json for --json."""
+    told, *_ = getattr(parameter.annotation, "__metadata__", [None])
+    # Within Annotated, typer keeps the first spelling as `default`.
+    given = [getattr(told, "default", None), *(getattr(told, "param_decls", None) or ())]
+    given = [each.lstrip("-").replace("-", "_") for each in given if isinstance(each, str)]
+    return [parameter.name, *given]
+
+
+def _in_words(group, owners):
+    """Which classes of a group, for an error message: "the noise Gaussian, Laplace"."""
+    if not isinstance(group, dict):
+        return group.__name__
+    return f"the {group.kind} {', '.join(group[name].__name__ for name in owners)}"
 
 
 def _given(kwargs, groups):
@@ -170,38 +195,23 @@ def _plain(annotation):
 
 
 def take(options, group, name=None):
-    """Make the member of a group that the options describe, and remove those options."""
-    (made,) = take_all(options, (group, name))
-    return made
+    """Make the member of a group that the options describe, and remove those options.
 
-
-def take_all(options, *chosen):
-    """Make the members of several groups that the options describe, and remove those options.
-
-    - chosen: (group, name of one of its classes; of a dataclass None).
-
-    An option that several of them have goes to each.
+    - group: a registry, or a dataclass. name: of a class of the registry; of a dataclass None.
     """
-    classes = [group if name is None else group[name] for group, name in chosen]
-    taken = [{f.name: f for f in dataclasses.fields(cls)} for cls in classes]
-    for (group, name), own in zip(chosen, taken, strict=True):
-        needed = [k for k, f in own.items() if f.default is dataclasses.MISSING]
-        if missing := [key for key in needed if key not in options]:
-            raise typer.BadParameter(f"{group.kind} {name} needs {flag(missing[0])}")
-        for key, owners in fields(group).items():
-            if key in options and not any(key in each for each in taken):
-                has = ", ".join(map(flag, own)) or "none"
-                raise typer.BadParameter(
-                    f"{flag(key)} is not of the {group.kind} {name} (its options: {has}); "
-                    f"{flag(key)} is of {', '.join(owners)}"
-                )
-    made = [
-        cls(**{key: options[key] for key in own if key in options})
-        for cls, own in zip(classes, taken, strict=True)
-    ]
-    for key in {key for own in taken for key in own if key in options}:
-        del options[key]
-    return made
+    cls = group if name is None else group[name]
+    own = {field.name: field for field in dataclasses.fields(cls)}
+    needed = [key for key, field in own.items() if field.default is dataclasses.MISSING]
+    if missing := [key for key in needed if key not in options]:
+        raise typer.BadParameter(f"{group.kind} {name} needs {flag(missing[0])}")
+    for key, owners in fields(group).items():
+        if key in options and key not in own:
+            has = ", ".join(map(flag, own)) or "none"
+            raise typer.BadParameter(
+                f"{flag(key)} is not of the {group.kind} {name} (its options: {has}); "
+                f"{flag(key)} is of {', '.join(owners)}"
+            )
+    return cls(**{key: options.pop(key) for key in own if key in options})
 
 
 def flag(name):
