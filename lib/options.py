@@ -7,6 +7,7 @@ Examples and Engine are groups of several commands.
 import dataclasses
 import functools
 import inspect
+import itertools
 import os
 import pathlib
 import re
@@ -146,12 +147,21 @@ def fields(group):
 
 
 def parameters(group):
-    """The fields of a group as parameters of a command, all of them optional."""
+    """The fields of a group as parameters of a command, all of them optional.
+
+    Where the classes that have a field differ in its type, it is text, which `take` reads.
+    Raises ValueError where it is a switch (bool) in some and takes a value in others.
+    """
     for name, owners in fields(group).items():
-        field = next(iter(owners.values()))
-        choices = field.metadata.get("choices")
-        kind = bool if field.type is bool or field.type == bool | None else None
-        kind = kind or (Literal[*choices] if choices else _plain(field.type))
+        kinds = {_type(field) for field in owners.values()}
+        if bool in kinds and len(kinds) > 1:
+            raise ValueError(
+                f"{flag(name)} would be a switch (bool) of some and take a value of others of "
+                f"{_in_words(group, owners)}: rename the field {name} of your class"
+            )
+        every = [field.metadata.get("choices") for field in owners.values()]
+        kind = kinds.pop() if len(kinds) == 1 else str
+        kind = Literal[*itertools.chain(*every)] if all(every) else kind
         names = [f"{flag(name)}/--no-{flag(name)[2:]}" if kind is bool else flag(name)]
         names += [f"--{name.upper()}"] if name in ("n", "n0") else []
         annotation = Annotated[kind | None, typer.Option(*names, help=_help(group, owners))]
@@ -187,11 +197,10 @@ def _short(default):
     return f"{default:.3g}" if isinstance(default, float) and len(str(default)) > 8 else default
 
 
-def _plain(annotation):
+def _type(field):
     """The plain type of a field: float for `float | None` or `float | np.ndarray`."""
-    return next(
-        t for t in (int, float, str) if t is annotation or t in getattr(annotation, "__args__", ())
-    )
+    types = getattr(field.type, "__args__", (field.type,))
+    return next(each for each in (bool, int, float, str) if each in types)
 
 
 def take(options, group, name=None):
@@ -211,7 +220,22 @@ def take(options, group, name=None):
                 f"{flag(key)} is not of the {group.kind} {name} (its options: {has}); "
                 f"{flag(key)} is of {', '.join(owners)}"
             )
-    return cls(**{key: options.pop(key) for key in own if key in options})
+    return cls(**{key: _read(own[key], options.pop(key)) for key in own if key in options})
+
+
+def _read(field, value):
+    """An option's value as the field of the chosen class says: that of another class may differ."""
+    kind, choices = _type(field), field.metadata.get("choices")
+    try:
+        value = kind(value)
+    except ValueError as error:
+        what = "a whole number" if kind is int else "a number"
+        raise typer.BadParameter(f"{flag(field.name)} takes {what}; got {value}") from error
+    if choices and value not in choices:
+        raise typer.BadParameter(
+            f"{flag(field.name)} must be one of {', '.join(choices)}; got {value}"
+        )
+    return value
 
 
 def flag(name):

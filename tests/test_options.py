@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import re
-from typing import Annotated
+from typing import Annotated, get_args
 
 import pytest
 import typer
@@ -104,6 +104,43 @@ def test_an_option_that_the_command_has_itself_is_refused(name):
     )
     with pytest.raises(ValueError, match=text):
         with_options(command, [shapes])
+
+
+def kind_of(registry):
+    """The type of the one option of a registry."""
+    (parameter,) = parameters(registry)
+    return get_args(get_args(parameter.annotation)[0])[0]
+
+
+def test_an_option_is_read_as_the_chosen_class_says():
+    """Of classes that differ in its type it is text, until the class is known."""
+    as_number = {"size": (float | None, option(None, "Size."))}
+    shapes = small_registry("shape", round={"size": (int, 1)}, oval=as_number)
+    assert kind_of(shapes) is str
+    assert take({"size": "3"}, shapes, "round").size == 3
+    assert take({"size": "0.5"}, shapes, "oval").size == 0.5
+    with pytest.raises(typer.BadParameter, match=r"--size takes a whole number; got 0\.5"):
+        take({"size": "0.5"}, shapes, "round")
+    assert kind_of(small_registry("shape", oval=as_number)) is float
+
+
+def test_the_choices_of_an_option_are_those_of_the_chosen_class():
+    few, more = (
+        {"size": (str, option("s", "Size.", choices))} for choices in (("s", "m"), ("s", "l"))
+    )
+    shapes = small_registry("shape", round=few, oval=more)
+    assert get_args(kind_of(shapes)) == ("s", "m", "l")
+    assert take({"size": "l"}, shapes, "oval").size == "l"
+    with pytest.raises(typer.BadParameter, match="--size must be one of s, m; got l"):
+        take({"size": "l"}, shapes, "round")
+    assert kind_of(small_registry("shape", round=few, square={"size": (str, "x")})) is str
+
+
+def test_a_switch_that_takes_a_value_elsewhere_is_refused():
+    shapes = small_registry("shape", round={"deep": (bool, False)}, oval={"deep": (float, 1.0)})
+    text = r"--deep would be a switch .* the shape Round, Oval: rename the field deep"
+    with pytest.raises(ValueError, match=text):
+        list(parameters(shapes))
 
 
 def test_a_negative_stop_is_refused():
