@@ -10,6 +10,7 @@ import tomllib
 
 from lib.checks import check_choice
 from lib.engine.readouts import Readout, readout
+from lib.ensemble import VOTES
 from lib.recipes import Recipe
 from lib.train import Schedule
 
@@ -117,8 +118,8 @@ def expand_readouts(text, header):
     """The names of the readouts of an ensemble that a table's text stands for.
 
     "member:*" is each member, "seeds:0-4" the soft vote of the members of these seeds,
-    "subsets:0-4" that of every subset of these members, and "weighted:0-9" without weights gets
-    those that the checkpoint's header holds.
+    "subsets:0-4" that of every subset of these members, and a weighted vote without weights, such
+    as "weighted:0-9", gets those that the checkpoint's header holds.
 
     - text: names with spaces between them. header: of the ensemble's checkpoint, with its members.
     """
@@ -134,7 +135,7 @@ def expand_readouts(text, header):
             every = readout(f"soft:{members}").members
             for size in range(1, len(every) + 1):
                 names += [Readout(part).name for part in itertools.combinations(every, size)]
-        elif kind == "weighted" and ":" not in members:
+        elif ":" not in members and kind in VOTES and VOTES[kind].weighted:
             weights = ",".join(map(str, header["best_weights"]))
             names.append(readout(f"{name}:{weights}").name)
         else:

@@ -340,8 +340,6 @@ def load_ensemble(specs, vote, weights, consensus, architecture=None, data=None)
     names = sorted({header["data"] for _, header in loaded})
     if len(names) > 1:
         raise ValueError(f"model must be networks of one data set; got {', '.join(names)}")
-    if (weights is not None) != (vote == "weighted"):
-        raise typer.BadParameter("--vote weighted and --weights must be given together")
     try:
         weights = None if weights is None else [float(weight) for weight in weights.split(",")]
     except ValueError as error:

@@ -1327,10 +1327,10 @@ def test_several_networks_are_certified_as_an_ensemble(tmp_path, options, settin
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--vote weighted", "--vote weighted and --weights must be given together"),
+        ("--vote weighted", "--vote must come with weights where it is weighted"),
         ("--vote weighted --weights 1,2", "--weights must be 1 finite numbers"),
         ("--vote weighted --weights a", "--weights takes numbers between commas; got a"),
-        ("--weights 1", "--vote weighted and --weights must be given together"),
+        ("--weights 1", "--weights must be left out where the vote is soft"),
         ("--consensus 2", "--consensus must be at most 1"),
     ],
 )

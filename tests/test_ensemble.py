@@ -310,6 +310,15 @@ def test_bad_input_is_named(arguments, name):
         Ensemble(**{"models": networks(2)} | arguments)
 
 
+def test_a_vote_of_ones_own_may_be_weighted(monkeypatch):
+    monkeypatch.setitem(VOTES, "own", VOTES["weighted"])
+    x, settings = images(3), {"weights": [3, 1]}
+    found, expected = (Ensemble(networks(2), v, **settings)(x) for v in ("own", "weighted"))
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="vote must come with weights where it is own"):
+        Ensemble(networks(2), "own")
+
+
 def test_members_of_other_classes_are_refused():
     class Two(nn.Module):
         def forward(self, x):

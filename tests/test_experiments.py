@@ -2,6 +2,7 @@
 
 import pytest
 
+from lib.ensemble import VOTES
 from lib.experiments import ENGINES, expand_readouts, read_table
 from lib.recipes import Recipe
 from lib.train import Schedule
@@ -84,13 +85,15 @@ def test_an_ensemble_of_the_table_has_networks_of_the_table(tmp_path):
         read_table(tmp_path / "t.toml")
 
 
-def test_readouts_of_a_table_are_expanded():
+def test_readouts_of_a_table_are_expanded(monkeypatch):
+    monkeypatch.setitem(VOTES, "own", VOTES["weighted"])
     header = {"members": [{"seed": 3}, {"seed": 0}, {"seed": 2}], "best_weights": [0.5, 0.25, 0.25]}
     found = expand_readouts("member:* seeds:0,3 weighted:0-2 consensus2:0-2", header)
     assert found == [
         *("member:0", "member:1", "member:2"),
         *("soft:0-1", "weighted:0-2:0.5,0.25,0.25", "consensus2:0-2"),
     ]
+    assert expand_readouts("own:0-2", header) == ["own:0-2:0.5,0.25,0.25"]
     found = expand_readouts("subsets:0-2 weighted:0-1:0.7,0.3", header)
     assert found == [
         *("member:0", "member:1", "member:2", "soft:0-1", "soft:0,2", "soft:1-2", "soft:0-2"),
