@@ -82,8 +82,8 @@ def combine(logits, vote="soft", weights=None):
 def combine_consensus(logits, consensus, vote="soft", weights=None):
     """K-consensus: the first K networks' vote where they agree, else that of all (section 6).
 
-    Where they agree, their common class is voted for, since every vote of networks of one class
-    is for that class. The guarantee of smoothing is that of any base classifier.
+    Where they agree, the scores are the mean of their logits, whose largest is their common class
+    whatever the vote. The guarantee of smoothing is that of any base classifier.
 
     - logits: float tensor [k, ..., C], the networks in the order in which they are asked.
     - consensus: K, from 1 to k. vote, weights: as for `combine`.
@@ -94,12 +94,7 @@ def combine_consensus(logits, consensus, vote="soft", weights=None):
     first = logits[:consensus]
     votes = first.argmax(dim=-1)
     agreed = (votes == votes[0]).all(dim=0)
-    part = weights and weights[:consensus]
-    if part and not any(part):
-        part = [1] * consensus  # any weights give the class that all agree on
-    part = part and [w / sum(part) for w in part]
-    scores = combine(first, vote, part), combine(logits, vote, weights)
-    return torch.where(agreed[..., None], *scores), agreed
+    return torch.where(agreed[..., None], combine(first), combine(logits, vote, weights)), agreed
 
 
 class Ensemble(nn.Module):

@@ -15,6 +15,7 @@ from lib.engine.readouts import Readout
 from lib.ensemble import (
     VOTES,
     Ensemble,
+    Vote,
     combine,
     combine_consensus,
     fit_weights,
@@ -116,6 +117,16 @@ def test_a_consensus_of_networks_of_weight_0_is_their_vote(logits):
         agreed, logits[0].argmax(-1), combine(logits, "weighted", weights).argmax(-1)
     )
     assert torch.equal(scores.argmax(dim=-1), expected)
+
+
+def test_a_consensus_holds_under_a_vote_of_ones_own(logits, monkeypatch):
+    """Also one that does not keep the class that all agree on: as the readout votes."""
+    monkeypatch.setitem(VOTES, "least", Vote(lambda logits: -logits, VOTES["soft"].pool))
+    scores, agreed = combine_consensus(logits, 2, "least")
+    votes, sufficed = Readout(range(K), "least", 2).read(logits)
+    assert torch.equal(scores.argmax(dim=-1), votes)
+    assert torch.equal(agreed, sufficed)
+    assert (votes == logits[0].argmax(dim=-1))[agreed].all()
 
 
 @pytest.mark.parametrize("vote", VOTES)
