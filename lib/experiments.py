@@ -15,10 +15,12 @@ from lib.recipes import Recipe
 from lib.train import Schedule
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
-# Usual settings of the engine, by data set: part of what a record is, so never chosen by timing.
+# Usual settings of the engine: part of what a record is, so never chosen by timing.
+ENGINE = {"dtype": "float32", "block": 64, "layout": "contiguous", "compile": False}
+# By data set, where others are usual.
 ENGINES = {
-    "digits": {"dtype": "float32", "block": 400, "layout": "contiguous", "compile": False},
-    "cifar10": {"dtype": "bfloat16", "block": 64, "layout": "channels_last", "compile": False},
+    "digits": ENGINE | {"block": 400},
+    "cifar10": ENGINE | {"dtype": "bfloat16", "layout": "channels_last"},
 }
 
 
@@ -101,7 +103,7 @@ def read_table(path=DATA / "experiments.toml"):
             fields = same | fields
         check_choice([*models, *ensembles], model=fields["model"])
         (first, *_) = ensembles.get(fields["model"], [fields["model"]])
-        engine = ENGINES[models[first].data] | fields.pop("engine", {})
+        engine = ENGINES.get(models[first].data, ENGINE) | fields.pop("engine", {})
         runs[name] = Run(**fields, engine=engine)
     return models, runs, ensembles
 

@@ -3,7 +3,7 @@
 import pytest
 
 from lib.ensemble import VOTES
-from lib.experiments import ENGINES, expand_readouts, read_table
+from lib.experiments import ENGINE, ENGINES, expand_readouts, read_table
 from lib.recipes import Recipe
 from lib.train import Schedule
 
@@ -40,6 +40,8 @@ engine = {block = 7}
     assert models["l1"].loss == {"name": "gaussian", "smoothing": 0.1}
     assert runs["r-0.50"].model == "m-0.50-1"
     assert runs["r-0.50"].engine == ENGINES["digits"] | {"block": 7}
+    path.write_text(text.replace("digits", "mnist"))
+    assert read_table(path)[1]["r-0.50"].engine == ENGINE | {"block": 7}
     path.write_text(text.replace("r-{sigma:.2f}", "r"))
     with pytest.raises(ValueError, match="r twice"):
         read_table(path)
