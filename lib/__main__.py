@@ -47,7 +47,6 @@ from lib.options import (
     say_other_noise,
     short_names,
     take,
-    take_all,
     usage_error,
     with_options,
 )
@@ -197,7 +196,7 @@ def certify(
     check_sigma_file(sigma_file, sigma_steps, noise, options)
     chosen = [(SAMPLERS, sampler), (Examples, None), (Engine, None)]
     chosen += [(NOISES, noise or "Gaussian")] if sigma_file is None else []
-    job_sampler, examples, engine, *smoothing = take_all(options, *chosen)
+    job_sampler, examples, engine, *smoothing = (take(options, *each) for each in chosen)
     network, header = load_ensemble(model, vote, weights, consensus, architecture, data)
     images, labels = datasets.load(header["data"], examples.split, path=data_file(data, data_path))
     index = examples.index(len(images))
@@ -293,7 +292,7 @@ def audit(
 
     Exit code 1 where it fails. A sampler of your own: lib.audit.audit(sampler, noise).
     """
-    chosen, smoothing = take_all(options, (SAMPLERS, sampler), (NOISES, noise))
+    chosen, smoothing = take(options, SAMPLERS, sampler), take(options, NOISES, noise)
     if not chosen.certifies:
         raise typer.BadParameter(f"sampler {sampler} makes no certificates")
     table = audited(chosen, smoothing, runs=runs, seed=seed)
@@ -377,7 +376,7 @@ def train(
         )
     options.setdefault("augment", data == "cifar10")
     chosen = [(NOISES, noise), (LOSSES, loss), (Schedule, None)]
-    smoothing, trained_with, schedule = take_all(options, *chosen)
+    smoothing, trained_with, schedule = (take(options, *each) for each in chosen)
     described = NOISES.describe(smoothing), LOSSES.describe(trained_with)
     name, data_path = datasets.name_of(data), data_file(data, data_path)
     recipe = Recipe(architecture, name, *described, schedule)

@@ -21,10 +21,12 @@ class Vote:
     - term: logits y^l (float32 [k, ..., C]) to what each network adds, float32 [k, ..., C].
     - pool: the terms of the networks that vote, and their weights (None without), to the scores
       [..., C], whose largest is the class voted for.
+    - weighted: whether it takes a weight for each network.
     """
 
     term: Callable
     pool: Callable
+    weighted: bool = False
 
 
 def _logits(logits):
@@ -61,7 +63,7 @@ VOTES = {
     "soft": Vote(_logits, _mean),
     "hard": Vote(_one_vote, _mean),
     "softmax": Vote(_log_softmax, _log_mean),
-    "weighted": Vote(_logits, _weighted_sum),
+    "weighted": Vote(_logits, _weighted_sum, weighted=True),
 }
 
 
@@ -69,7 +71,7 @@ def combine(logits, vote="soft", weights=None):
     """The scores of several networks' vote (see VOTES); the class voted for is their argmax.
 
     - logits: float tensor [k, ..., C]; combined in float32, whatever their precision.
-    - vote: a name of VOTES. weights: k numbers for "weighted", else None.
+    - vote: a name of VOTES. weights: k numbers where it is weighted, else None.
 
     Returns float32 [..., C].
     """
@@ -80,8 +82,8 @@ def combine(logits, vote="soft", weights=None):
 def combine_consensus(logits, consensus, vote="soft", weights=None):
     """K-consensus: the first K networks' vote where they agree, else that of all (section 6).
 
-    Where they agree, their common class is voted for, since every vote of networks of one class
-    is for that class. The guarantee of smoothing is that of any base classifier.
+    Where they agree, the scores are the mean of their logits, whose largest is their common class
+    whatever the vote. The guarantee of smoothing is that of any base classifier.
 
     - logits: float tensor [k, ..., C], the networks in the order in which they are asked.
     - consensus: K, from 1 to k. vote, weights: as for `combine`.
@@ -92,12 +94,7 @@ def combine_consensus(logits, consensus, vote="soft", weights=None):
     first = logits[:consensus]
     votes = first.argmax(dim=-1)
     agreed = (votes == votes[0]).all(dim=0)
-    part = weights and weights[:consensus]
-    if part and not any(part):
-        part = [1] * consensus  # any weights give the class that all agree on
-    part = part and [w / sum(part) for w in part]
-    scores = combine(first, vote, part), combine(logits, vote, weights)
-    return torch.where(agreed[..., None], *scores), agreed
+    return torch.where(agreed[..., None], combine(first), combine(logits, vote, weights)), agreed
 
 
 class Ensemble(nn.Module):
@@ -108,8 +105,8 @@ class Ensemble(nn.Module):
 
     - models: networks of the same classes, any architectures, normalisation inside each: a list, a
       tuple or an nn.ModuleList.
-    - vote: "soft", "hard" (no gradients), "softmax" or "weighted" (see `combine`).
-    - weights: for "weighted", one number >= 0 for each network; scaled to sum 1.
+    - vote: a name of VOTES, such as "soft", "hard" (no gradients), "softmax" or "weighted".
+    - weights: where the vote is weighted, one number >= 0 for each network; scaled to sum 1.
     - consensus: K of K-consensus, or None. The order of `models` is that of asking.
 
     Raises ValueError naming the argument.
@@ -125,9 +122,7 @@ class Ensemble(nn.Module):
                 "models must be one torch.nn.Module or more, in a list or an nn.ModuleList (one "
                 "network: [model])"
             )
-        check_choice(VOTES, vote=vote)
-        if (weights is not None) != (vote == "weighted"):
-            raise ValueError('weights must be given for vote="weighted", and only there')
+        check_vote(vote, weights)
         if consensus is not None:
             check_draws(consensus=consensus)
             if consensus > len(models):
@@ -164,6 +159,15 @@ class Ensemble(nn.Module):
         found = json.loads(bytes(state.tolist()))
         self.vote, self.consensus = found["vote"], found["consensus"]
         self.weights = found["weights"] and tuple(found["weights"])
+
+
+def check_vote(vote, weights):
+    """Refuse a name that VOTES lacks, and weights but where the vote is weighted."""
+    check_choice(VOTES, vote=vote)
+    if VOTES[vote].weighted and weights is None:
+        raise ValueError(f"vote must come with weights where it is {vote}")
+    if weights is not None and not VOTES[vote].weighted:
+        raise ValueError(f"weights must be left out where the vote is {vote}")
 
 
 def check_weights(weights, k):

@@ -10,16 +10,19 @@ import tomllib
 
 from lib.checks import check_choice
 from lib.engine.readouts import Readout, readout
+from lib.ensemble import VOTES
 from lib.losses import LOSSES
 from lib.noise import restore_noise
 from lib.recipes import Recipe
 from lib.train import Schedule
 
 DATA = pathlib.Path(__file__).parent.parent / "data"
-# Usual settings of the engine, by data set: part of what a record is, so never chosen by timing.
+# Usual settings of the engine: part of what a record is, so never chosen by timing.
+ENGINE = {"dtype": "float32", "block": 64, "layout": "contiguous", "compile": False}
+# By data set, where others are usual.
 ENGINES = {
-    "digits": {"dtype": "float32", "block": 400, "layout": "contiguous", "compile": False},
-    "cifar10": {"dtype": "bfloat16", "block": 64, "layout": "channels_last", "compile": False},
+    "digits": ENGINE | {"block": 400},
+    "cifar10": ENGINE | {"dtype": "bfloat16", "layout": "channels_last"},
 }
 
 
@@ -106,7 +109,7 @@ def read_table(path=DATA / "experiments.toml"):
             fields = same | fields
         check_choice([*models, *ensembles], model=fields["model"])
         (first, *_) = ensembles.get(fields["model"], [fields["model"]])
-        engine = ENGINES[models[first].data] | fields.pop("engine", {})
+        engine = ENGINES.get(models[first].data, ENGINE) | fields.pop("engine", {})
         runs[name] = Run(**fields, engine=engine)
     return models, runs, ensembles
 
@@ -123,8 +126,8 @@ def expand_readouts(text, header):
     """The names of the readouts of an ensemble that a table's text stands for.
 
     "member:*" is each member, "seeds:0-4" the soft vote of the members of these seeds,
-    "subsets:0-4" that of every subset of these members, and "weighted:0-9" without weights gets
-    those that the checkpoint's header holds.
+    "subsets:0-4" that of every subset of these members, and a weighted vote without weights, such
+    as "weighted:0-9", gets those that the checkpoint's header holds.
 
     - text: names with spaces between them. header: of the ensemble's checkpoint, with its members.
     """
@@ -140,7 +143,7 @@ def expand_readouts(text, header):
             every = readout(f"soft:{members}").members
             for size in range(1, len(every) + 1):
                 names += [Readout(part).name for part in itertools.combinations(every, size)]
-        elif kind == "weighted" and ":" not in members:
+        elif ":" not in members and kind in VOTES and VOTES[kind].weighted:
             weights = ",".join(map(str, header["best_weights"]))
             names.append(readout(f"{name}:{weights}").name)
         else:

@@ -7,6 +7,7 @@ Examples and Engine are groups of several commands.
 import dataclasses
 import functools
 import inspect
+import itertools
 import os
 import pathlib
 import re
@@ -86,6 +87,9 @@ def with_options(function, groups):
 
     - function: takes them as keywords; those not given are left out.
     - groups: dataclasses and registries.
+
+    Raises ValueError where a name would mean two things: a field of two groups, or one that is an
+    option or argument of the command itself.
     """
 
     @functools.wraps(function)
@@ -94,14 +98,36 @@ def with_options(function, groups):
 
     own = [p for p in inspect.signature(function).parameters.values() if p.kind != p.VAR_KEYWORD]
     every = {p.name: p for p in own}
-    for parameter in (p for group in groups for p in parameters(group)):
-        first = every.setdefault(parameter.name, parameter)
-        if first is not parameter:  # an option of two groups
-            told, also = (p.annotation.__metadata__[0] for p in (first, parameter))
-            told.help = f"{told.help}; {also.help}"
+    itself = f"the command {function.__name__} itself"
+    whose = {name: itself for name in ("help", *(name for p in own for name in _spellings(p)))}
+    for group in groups:
+        for parameter in parameters(group):
+            name, owners = parameter.name, _in_words(group, fields(group)[parameter.name])
+            if name in whose:
+                raise ValueError(
+                    f"{flag(name)} would be an option of {whose[name]} and of {owners}: rename the "
+                    f"field {name} of your class"
+                )
+            whose[name], every[name] = owners, parameter
     offered.__signature__ = inspect.Signature(list(every.values()))
     offered.__annotations__ = {name: p.annotation for name, p in every.items()}
     return offered
+
+
+def _spellings(parameter):
+    """The names that a command's own option or argument takes: as_json and json for --json."""
+    told, *_ = getattr(parameter.annotation, "__metadata__", [None])
+    # Within Annotated, typer keeps the first spelling as `default`.
+    given = [getattr(told, "default", None), *(getattr(told, "param_decls", None) or ())]
+    given = [each.lstrip("-").replace("-", "_") for each in given if isinstance(each, str)]
+    return [parameter.name, *given]
+
+
+def _in_words(group, owners):
+    """Which classes of a group, for an error message: "the noise Gaussian, Laplace"."""
+    if not isinstance(group, dict):
+        return group.__name__
+    return f"the {group.kind} {', '.join(group[name].__name__ for name in owners)}"
 
 
 def _given(kwargs, groups):
@@ -121,12 +147,21 @@ def fields(group):
 
 
 def parameters(group):
-    """The fields of a group as parameters of a command, all of them optional."""
+    """The fields of a group as parameters of a command, all of them optional.
+
+    Where the classes that have a field differ in its type, it is text, which `take` reads.
+    Raises ValueError where it is a switch (bool) in some and takes a value in others.
+    """
     for name, owners in fields(group).items():
-        field = next(iter(owners.values()))
-        choices = field.metadata.get("choices")
-        kind = bool if field.type is bool or field.type == bool | None else None
-        kind = kind or (Literal[*choices] if choices else _plain(field.type))
+        kinds = {_type(field) for field in owners.values()}
+        if bool in kinds and len(kinds) > 1:
+            raise ValueError(
+                f"{flag(name)} would be a switch (bool) of some and take a value of others of "
+                f"{_in_words(group, owners)}: rename the field {name} of your class"
+            )
+        every = [field.metadata.get("choices") for field in owners.values()]
+        kind = kinds.pop() if len(kinds) == 1 else str
+        kind = Literal[*itertools.chain(*every)] if all(every) else kind
         names = [f"{flag(name)}/--no-{flag(name)[2:]}" if kind is bool else flag(name)]
         names += [f"--{name.upper()}"] if name in ("n", "n0") else []
         annotation = Annotated[kind | None, typer.Option(*names, help=_help(group, owners))]
@@ -162,46 +197,45 @@ def _short(default):
     return f"{default:.3g}" if isinstance(default, float) and len(str(default)) > 8 else default
 
 
-def _plain(annotation):
+def _type(field):
     """The plain type of a field: float for `float | None` or `float | np.ndarray`."""
-    return next(
-        t for t in (int, float, str) if t is annotation or t in getattr(annotation, "__args__", ())
-    )
+    types = getattr(field.type, "__args__", (field.type,))
+    return next(each for each in (bool, int, float, str) if each in types)
 
 
 def take(options, group, name=None):
-    """Make the member of a group that the options describe, and remove those options."""
-    (made,) = take_all(options, (group, name))
-    return made
+    """Make the member of a group that the options describe, and remove those options.
 
-
-def take_all(options, *chosen):
-    """Make the members of several groups that the options describe, and remove those options.
-
-    - chosen: (group, name of one of its classes; of a dataclass None).
-
-    An option that several of them have goes to each.
+    - group: a registry, or a dataclass. name: of a class of the registry; of a dataclass None.
     """
-    classes = [group if name is None else group[name] for group, name in chosen]
-    taken = [{f.name: f for f in dataclasses.fields(cls)} for cls in classes]
-    for (group, name), own in zip(chosen, taken, strict=True):
-        needed = [k for k, f in own.items() if f.default is dataclasses.MISSING]
-        if missing := [key for key in needed if key not in options]:
-            raise typer.BadParameter(f"{group.kind} {name} needs {flag(missing[0])}")
-        for key, owners in fields(group).items():
-            if key in options and not any(key in each for each in taken):
-                has = ", ".join(map(flag, own)) or "none"
-                raise typer.BadParameter(
-                    f"{flag(key)} is not of the {group.kind} {name} (its options: {has}); "
-                    f"{flag(key)} is of {', '.join(owners)}"
-                )
-    made = [
-        cls(**{key: options[key] for key in own if key in options})
-        for cls, own in zip(classes, taken, strict=True)
-    ]
-    for key in {key for own in taken for key in own if key in options}:
-        del options[key]
-    return made
+    cls = group if name is None else group[name]
+    own = {field.name: field for field in dataclasses.fields(cls)}
+    needed = [key for key, field in own.items() if field.default is dataclasses.MISSING]
+    if missing := [key for key in needed if key not in options]:
+        raise typer.BadParameter(f"{group.kind} {name} needs {flag(missing[0])}")
+    for key, owners in fields(group).items():
+        if key in options and key not in own:
+            has = ", ".join(map(flag, own)) or "none"
+            raise typer.BadParameter(
+                f"{flag(key)} is not of the {group.kind} {name} (its options: {has}); "
+                f"{flag(key)} is of {', '.join(owners)}"
+            )
+    return cls(**{key: _read(own[key], options.pop(key)) for key in own if key in options})
+
+
+def _read(field, value):
+    """An option's value as the field of the chosen class says: that of another class may differ."""
+    kind, choices = _type(field), field.metadata.get("choices")
+    try:
+        value = kind(value)
+    except ValueError as error:
+        what = "a whole number" if kind is int else "a number"
+        raise typer.BadParameter(f"{flag(field.name)} takes {what}; got {value}") from error
+    if choices and value not in choices:
+        raise typer.BadParameter(
+            f"{flag(field.name)} must be one of {', '.join(choices)}; got {value}"
+        )
+    return value
 
 
 def flag(name):
@@ -306,8 +340,6 @@ def load_ensemble(specs, vote, weights, consensus, architecture=None, data=None)
     names = sorted({header["data"] for _, header in loaded})
     if len(names) > 1:
         raise ValueError(f"model must be networks of one data set; got {', '.join(names)}")
-    if (weights is not None) != (vote == "weighted"):
-        raise typer.BadParameter("--vote weighted and --weights must be given together")
     try:
         weights = None if weights is None else [float(weight) for weight in weights.split(",")]
     except ValueError as error:

@@ -353,28 +353,38 @@ def _say(text):
     tqdm.write(text, file=sys.stderr)
 
 
-def main(what, *arguments):
-    """python -m lib.zoo models | records [PATTERN] | cifar10 | moments DATA [OUT] | tables.
+def _chosen(networks, pattern="*"):
+    """The names that a pattern fits, without CIFAR-10, which has a plan of its own.
 
-    Retrain the digits networks; count their records again; do the CIFAR-10 plan (DATA [OUT], and
-    losses other than Gaussian augmentation by name);
+    - networks: {name of a network or record: name of its network or ensemble}.
+    """
+    fits = [name for name in networks if fnmatch.fnmatch(name, pattern)]
+    chosen = [name for name in fits if recipe_of(networks[name]).data != "cifar10"]
+    if not chosen:
+        why = "CIFAR-10 has a plan: python -m lib.zoo cifar10" if fits else "none has such a name"
+        raise SystemExit(f"error: {pattern} chooses nothing of data/experiments.toml; {why}")
+    return chosen
+
+
+def main(what, *arguments):
+    """python -m lib.zoo models | records | cifar10 | moments | tables, each with its arguments.
+
+    Retrain networks; count records again (all but those on CIFAR-10, or those of a PATTERN of
+    names); do the CIFAR-10 plan (DATA [OUT], and losses other than Gaussian augmentation by name);
     measure the moments of logits of CIFAR-10 networks; write the tables of data/models/README.md
     and data/records/README.md.
     """
-    if what == "models" and not arguments:
-        for name, recipe in MODELS.items():
-            if recipe.data == "digits":
-                path = DATA / "models" / f"{name}.safetensors"
-                path.unlink(missing_ok=True)
-                train(recipe, path)
-                path.with_name(path.name + ".csv").unlink(missing_ok=True)
+    if what == "models" and len(arguments) < 2:
+        for name in _chosen({name: name for name in MODELS}, *arguments):
+            path = DATA / "models" / f"{name}.safetensors"
+            path.unlink(missing_ok=True)
+            train(MODELS[name], path)
+            path.with_name(path.name + ".csv").unlink(missing_ok=True)
     elif what == "records" and len(arguments) < 2:
-        for name, run_ in RUNS.items():
-            wanted = fnmatch.fnmatch(name, arguments[0] if arguments else "*")
-            if recipe_of(run_.model).data == "digits" and wanted:
-                path = DATA / "records" / f"{name}.npz"
-                path.unlink(missing_ok=True)
-                count(run_, path)
+        for name in _chosen({name: run_.model for name, run_ in RUNS.items()}, *arguments):
+            path = DATA / "records" / f"{name}.npz"
+            path.unlink(missing_ok=True)
+            count(RUNS[name], path)
     elif what == "moments" and len(arguments) in (1, 2):
         for name in filter(lambda name: recipe_of(name).data == "cifar10", ENSEMBLES):
             measure(name, *arguments[1:] or [DATA / "records"], data_path=arguments[0])
@@ -393,8 +403,8 @@ def main(what, *arguments):
             path.write_text(with_table(path.read_text(), table))
     else:
         raise SystemExit(
-            "usage: python -m lib.zoo models | records [PATTERN] | cifar10 DATA [OUT [LOSS ...]] | "
-            "moments DATA [OUT] | tables\n"
+            "usage: python -m lib.zoo models [PATTERN] | records [PATTERN] | "
+            "cifar10 DATA [OUT [LOSS ...]] | moments DATA [OUT] | tables\n"
             "(DATA: an npz, or the folder or tar.gz of CIFAR-10)"
         )
 

@@ -487,16 +487,12 @@ def test_a_running_journal_is_reported(reference, tmp_path):
 
 
 def test_a_sampler_and_a_loss_of_ones_own_work_from_the_command_line(tmp_path):
-    """A file that registers them and calls the app: their fields are options, in log and record.
-
-    An option of the loss may have the name of one of a noise that was not chosen.
-    """
+    """A file that registers them and calls the app: their fields are options, in log and record."""
     (tmp_path / "mine.py").write_text(
         """
 import dataclasses
 from lib.certify import certify
 from lib.losses import GaussianLoss, register as register_loss
-from lib.noise import Gaussian, register as register_noise
 from lib.samplers import Certify, Sampler, register
 from lib.store.registry import option
 
@@ -510,11 +506,6 @@ class Halved(Sampler):
 
     def __call__(self, counts, noise):
         return certify(counts, noise, 20, self.n, 0.01 * self.part)
-
-@register_noise("Scaled")
-@dataclasses.dataclass(frozen=True, eq=False)
-class Scaled(Gaussian):
-    factor: float = option(1.0, "Of nothing.")
 
 @register_loss("doubled")
 @dataclasses.dataclass(frozen=True)
@@ -1336,10 +1327,10 @@ def test_several_networks_are_certified_as_an_ensemble(tmp_path, options, settin
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--vote weighted", "--vote weighted and --weights must be given together"),
+        ("--vote weighted", "--vote must come with weights where it is weighted"),
         ("--vote weighted --weights 1,2", "--weights must be 1 finite numbers"),
         ("--vote weighted --weights a", "--weights takes numbers between commas; got a"),
-        ("--weights 1", "--vote weighted and --weights must be given together"),
+        ("--weights 1", "--weights must be left out where the vote is soft"),
         ("--consensus 2", "--consensus must be at most 1"),
     ],
 )

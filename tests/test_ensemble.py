@@ -15,6 +15,7 @@ from lib.engine.readouts import Readout
 from lib.ensemble import (
     VOTES,
     Ensemble,
+    Vote,
     combine,
     combine_consensus,
     fit_weights,
@@ -116,6 +117,16 @@ def test_a_consensus_of_networks_of_weight_0_is_their_vote(logits):
         agreed, logits[0].argmax(-1), combine(logits, "weighted", weights).argmax(-1)
     )
     assert torch.equal(scores.argmax(dim=-1), expected)
+
+
+def test_a_consensus_holds_under_a_vote_of_ones_own(logits, monkeypatch):
+    """Also one that does not keep the class that all agree on: as the readout votes."""
+    monkeypatch.setitem(VOTES, "least", Vote(lambda logits: -logits, VOTES["soft"].pool))
+    scores, agreed = combine_consensus(logits, 2, "least")
+    votes, sufficed = Readout(range(K), "least", 2).read(logits)
+    assert torch.equal(scores.argmax(dim=-1), votes)
+    assert torch.equal(agreed, sufficed)
+    assert (votes == logits[0].argmax(dim=-1))[agreed].all()
 
 
 @pytest.mark.parametrize("vote", VOTES)
@@ -308,6 +319,15 @@ def test_fitted_weights_are_no_worse_than_any_other():
 def test_bad_input_is_named(arguments, name):
     with pytest.raises(ValueError, match=name):
         Ensemble(**{"models": networks(2)} | arguments)
+
+
+def test_a_vote_of_ones_own_may_be_weighted(monkeypatch):
+    monkeypatch.setitem(VOTES, "own", VOTES["weighted"])
+    x, settings = images(3), {"weights": [3, 1]}
+    found, expected = (Ensemble(networks(2), v, **settings)(x) for v in ("own", "weighted"))
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="vote must come with weights where it is own"):
+        Ensemble(networks(2), "own")
 
 
 def test_members_of_other_classes_are_refused():

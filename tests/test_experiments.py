@@ -2,7 +2,8 @@
 
 import pytest
 
-from lib.experiments import ENGINES, expand, expand_readouts, read_table
+from lib.ensemble import VOTES
+from lib.experiments import ENGINE, ENGINES, expand, expand_readouts, read_table
 from lib.recipes import Recipe
 from lib.train import Schedule
 
@@ -39,6 +40,8 @@ engine = {block = 7}
     assert models["l1"].loss == {"name": "gaussian", "smoothing": 0.1}
     assert runs["r-0.50"].model == "m-0.50-1"
     assert runs["r-0.50"].engine == ENGINES["digits"] | {"block": 7}
+    path.write_text(text.replace("digits", "mnist"))
+    assert read_table(path)[1]["r-0.50"].engine == ENGINE | {"block": 7}
     path.write_text(text.replace("r-{sigma:.2f}", "r"))
     with pytest.raises(ValueError, match="r twice"):
         read_table(path)
@@ -104,13 +107,15 @@ def test_an_ensemble_of_the_table_has_networks_of_the_table(tmp_path):
         read_table(tmp_path / "t.toml")
 
 
-def test_readouts_of_a_table_are_expanded():
+def test_readouts_of_a_table_are_expanded(monkeypatch):
+    monkeypatch.setitem(VOTES, "own", VOTES["weighted"])
     header = {"members": [{"seed": 3}, {"seed": 0}, {"seed": 2}], "best_weights": [0.5, 0.25, 0.25]}
     found = expand_readouts("member:* seeds:0,3 weighted:0-2 consensus2:0-2", header)
     assert found == [
         *("member:0", "member:1", "member:2"),
         *("soft:0-1", "weighted:0-2:0.5,0.25,0.25", "consensus2:0-2"),
     ]
+    assert expand_readouts("own:0-2", header) == ["own:0-2:0.5,0.25,0.25"]
     found = expand_readouts("subsets:0-2 weighted:0-1:0.7,0.3", header)
     assert found == [
         *("member:0", "member:1", "member:2", "soft:0-1", "soft:0,2", "soft:1-2", "soft:0-2"),

@@ -3,13 +3,14 @@
 import dataclasses
 import inspect
 import re
+from typing import Annotated, get_args
 
 import pytest
 import typer
 
 from lib.losses import LOSSES
 from lib.noise import NOISES
-from lib.options import Examples, parameters, take_all, with_options
+from lib.options import Examples, flag, parameters, take, with_options
 from lib.samplers import SAMPLERS
 from lib.store.registry import Registry, option
 
@@ -51,47 +52,95 @@ def test_the_help_has_every_default(registry):
             assert re.search(whose + text, said[field.name]), (name, field.name)
 
 
-def test_an_option_of_two_groups_goes_to_each_that_was_chosen():
-    """And is foreign only where no chosen one has it."""
-    shapes, colours = Registry("shape"), Registry("colour")
+def small_registry(kind, **classes):
+    """A registry of classes {name: {field: (type, option)}}, called as their names capitalised."""
+    registry = Registry(kind)
+    for name, own in classes.items():
+        made = [(key, *value) for key, value in own.items()]
+        registry.register(name)(dataclasses.make_dataclass(name.title(), made, frozen=True))
+    return registry
 
-    @shapes.register("round")
-    @dataclasses.dataclass(frozen=True)
-    class Round:
-        scale: float = option(1.0, "Of the shape.")
 
-    @shapes.register("square")
-    @dataclasses.dataclass(frozen=True)
-    class Square:
-        pass
+def command(model: str, as_json: Annotated[bool, typer.Option("--json")] = False, **options):
+    """A command with an argument and an option of its own."""
 
-    @colours.register("red")
-    @dataclasses.dataclass(frozen=True)
-    class Red:
-        scale: float = option(2.0, "Of the colour.")
 
-    @colours.register("blue")
-    @dataclasses.dataclass(frozen=True)
-    class Blue:
-        deep: bool = option(False, "Deep.")
-
+def test_an_option_is_foreign_where_the_chosen_class_lacks_it():
+    scale = {"scale": (float, option(1.0, "Scale."))}
+    shapes = small_registry("shape", round=scale, oval=scale, square={})
     options = {"scale": 3.0, "other": 1}
-    assert take_all(options, (shapes, "square"), (colours, "red")) == [Square(), Red(3.0)]
+    assert take(options, shapes, "oval") == shapes["oval"](3.0)
     assert options == {"other": 1}
-    options = {"scale": 3.0}
-    assert take_all(options, (shapes, "round"), (colours, "red")) == [Round(3.0), Red(3.0)]
-    text = "--scale is not of the shape square (its options: none); --scale is of round"
+    text = "--scale is not of the shape square (its options: none); --scale is of round, oval"
     with pytest.raises(typer.BadParameter, match=re.escape(text)):
-        take_all({"scale": 3.0}, (shapes, "square"), (colours, "blue"))
+        take({"scale": 3.0}, shapes, "square")
 
-    def command(**options):
-        pass
 
-    (parameter, _) = inspect.signature(with_options(command, [shapes, colours])).parameters.values()
-    said = parameter.annotation.__metadata__[0].help
-    assert (
-        said == "round: Of the shape. [dim]default 1.0[/]; red: Of the colour. [dim]default 2.0[/]"
+def test_an_option_of_two_groups_is_refused():
+    """It would set both, whatever each means by it. Classes of one group may share an option."""
+    scale = {"scale": (float, option(1.0, "Scale."))}
+    shapes = small_registry("shape", round=scale, oval=scale)
+    colours = small_registry("colour", red={"deep": (bool, option(False, "Deep."))})
+    offered = inspect.signature(with_options(command, [shapes, colours])).parameters
+    assert list(offered) == ["model", "as_json", "scale", "deep"]
+    colours |= small_registry("colour", blue=scale)
+    text = (
+        "--scale would be an option of the shape Round, Oval and of the colour Blue: rename the "
+        "field scale of your class"
     )
+    with pytest.raises(ValueError, match=text):
+        with_options(command, [shapes, colours])
+    with pytest.raises(ValueError, match="--skip would be an option of Examples and of the shape"):
+        with_options(command, [Examples, small_registry("shape", long={"skip": (int, 1)})])
+
+
+@pytest.mark.parametrize("name", ["model", "json", "as_json", "help"])
+def test_an_option_that_the_command_has_itself_is_refused(name):
+    """It would never reach the class."""
+    shapes = small_registry("shape", round={name: (int, 1)})
+    text = (
+        f"{flag(name)} would be an option of the command command itself and of the shape Round: "
+        f"rename the field {name} of your class"
+    )
+    with pytest.raises(ValueError, match=text):
+        with_options(command, [shapes])
+
+
+def kind_of(registry):
+    """The type of the one option of a registry."""
+    (parameter,) = parameters(registry)
+    return get_args(get_args(parameter.annotation)[0])[0]
+
+
+def test_an_option_is_read_as_the_chosen_class_says():
+    """Of classes that differ in its type it is text, until the class is known."""
+    as_number = {"size": (float | None, option(None, "Size."))}
+    shapes = small_registry("shape", round={"size": (int, 1)}, oval=as_number)
+    assert kind_of(shapes) is str
+    assert take({"size": "3"}, shapes, "round").size == 3
+    assert take({"size": "0.5"}, shapes, "oval").size == 0.5
+    with pytest.raises(typer.BadParameter, match=r"--size takes a whole number; got 0\.5"):
+        take({"size": "0.5"}, shapes, "round")
+    assert kind_of(small_registry("shape", oval=as_number)) is float
+
+
+def test_the_choices_of_an_option_are_those_of_the_chosen_class():
+    few, more = (
+        {"size": (str, option("s", "Size.", choices))} for choices in (("s", "m"), ("s", "l"))
+    )
+    shapes = small_registry("shape", round=few, oval=more)
+    assert get_args(kind_of(shapes)) == ("s", "m", "l")
+    assert take({"size": "l"}, shapes, "oval").size == "l"
+    with pytest.raises(typer.BadParameter, match="--size must be one of s, m; got l"):
+        take({"size": "l"}, shapes, "round")
+    assert kind_of(small_registry("shape", round=few, square={"size": (str, "x")})) is str
+
+
+def test_a_switch_that_takes_a_value_elsewhere_is_refused():
+    shapes = small_registry("shape", round={"deep": (bool, False)}, oval={"deep": (float, 1.0)})
+    text = r"--deep would be a switch .* the shape Round, Oval: rename the field deep"
+    with pytest.raises(ValueError, match=text):
+        list(parameters(shapes))
 
 
 def test_a_negative_stop_is_refused():

@@ -14,7 +14,7 @@ from lib.engine import classifier, jobs
 from lib.engine.classifier import BaseClassifier
 from lib.engine.live import ModelCounts
 from lib.engine.readouts import Readout, readout
-from lib.ensemble import Ensemble
+from lib.ensemble import VOTES, Ensemble
 from lib.iss import certify_iss, sample_size_map
 from lib.noise import CHUNK, Gaussian, noise_stream
 from lib.samplers import Certify, InputSpecific, RecordVotes
@@ -134,6 +134,18 @@ def test_the_meaning_of_names():
     assert readout("soft:4,0-1").members == (4, 0, 1)
     assert readout("consensus2-hard:0-4") == Readout((0, 1, 2, 3, 4), "hard", consensus=2)
     assert readout("weighted:0-1:0.75,0.25") == Readout((0, 1), "weighted", weights=(0.75, 0.25))
+
+
+def test_a_vote_of_ones_own_may_be_weighted_and_have_a_hyphen(monkeypatch):
+    monkeypatch.setitem(VOTES, "trimmed-mean", VOTES["soft"])
+    monkeypatch.setitem(VOTES, "own-weights", VOTES["weighted"])
+    for name in ("trimmed-mean:0-2", "consensus2-trimmed-mean:0-2", "own-weights:0-1:0.75,0.25"):
+        assert readout(name).name == name
+    assert readout("consensus2-trimmed-mean:0-2") == Readout((0, 1, 2), "trimmed-mean", 2)
+    with pytest.raises(ValueError, match="vote must come with weights where it is own-weights"):
+        readout("own-weights:0-1")
+    with pytest.raises(ValueError, match="weights must be left out where the vote is trimmed-mean"):
+        readout("trimmed-mean:0-1:1,1")
 
 
 @pytest.mark.parametrize(

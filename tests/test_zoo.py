@@ -177,6 +177,28 @@ def test_the_cifar10_plan_trains_the_losses_that_are_named(tmp_path, monkeypatch
         zoo.main("cifar10", str(data), str(out), "Consistency")
 
 
+def test_one_network_and_one_record_are_made_by_name(tmp_path, monkeypatch):
+    """The others stay as they are, and those on CIFAR-10 whatever the pattern."""
+    kept, cifar = "digits-cnn-sigma0.50", "cifar10-resnet20-sigma0.50-seed0"
+    monkeypatch.setitem(zoo.MODELS, "digits-new", short(zoo.MODELS[kept], 1))
+    run = dataclasses.replace(zoo.RUNS[NAME], n=30, stride=40)
+    for name, network in (("digits-new", kept), (cifar, cifar)):
+        monkeypatch.setitem(zoo.RUNS, name, dataclasses.replace(run, model=network))
+    monkeypatch.setattr(zoo, "DATA", tmp_path)
+    for what, end in (("models", ".safetensors"), ("records", ".npz")):
+        (tmp_path / what).mkdir()
+        for name in (kept, cifar):
+            (tmp_path / what / f"{name}{end}").write_text("as it was")
+        zoo.main(what, "*new")
+        assert (tmp_path / what / f"digits-new{end}").stat().st_size > 100
+        with pytest.raises(SystemExit, match=r"cifar10-\* chooses nothing .*CIFAR-10 has a plan"):
+            zoo.main(what, "cifar10-*")
+        with pytest.raises(SystemExit, match=r"nowhere chooses nothing .*none has such a name"):
+            zoo.main(what, "nowhere")
+        for name in (kept, cifar):
+            assert (tmp_path / what / f"{name}{end}").read_text() == "as it was"
+
+
 def test_the_command_says_how_it_is_used(tmp_path):
     with pytest.raises(SystemExit, match=r"usage: python -m lib\.zoo"):
         zoo.main("cifar10")

@@ -11,9 +11,8 @@ import re
 import numpy as np
 import torch
 
-from lib.checks import check_choice
 from lib.engine.classifier import BaseClassifier
-from lib.ensemble import VOTES, check_weights
+from lib.ensemble import VOTES, check_vote, check_weights
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +23,7 @@ class Readout:
     - vote: how logits are combined, a name of lib.ensemble.VOTES.
     - consensus: K of K-consensus (section 6): where the first K members choose the same class, it
       is voted for without asking the others. None: all members are asked.
-    - weights: of each member for vote="weighted", else None.
+    - weights: of each member where the vote is weighted, else None.
 
     A readout of your own is any object with `name`, `members` and `read`, and consensus None.
     Raises ValueError naming the argument.
@@ -41,9 +40,7 @@ class Readout:
         if not members or not whole or len(set(members)) < len(members):
             raise ValueError(f"members must be different whole numbers >= 0; got {self.members!r}")
         object.__setattr__(self, "members", tuple(map(int, members)))
-        check_choice(VOTES, vote=self.vote)
-        if (self.weights is not None) != (self.vote == "weighted"):
-            raise ValueError('weights must be given for vote="weighted", and only there')
+        check_vote(self.vote, self.weights)
         if self.weights is not None:
             check_weights(self.weights, len(members))
             object.__setattr__(self, "weights", tuple(map(float, self.weights)))
@@ -103,7 +100,7 @@ def readout(name):
     if not isinstance(name, str):
         return name
     kind, members, weights = ([*name.split(":"), "", ""])[:3]
-    found = re.fullmatch(r"(?:consensus(\d+)(?:-(\w+))?|(\w+))", kind)
+    found = re.fullmatch(r"(?:consensus(\d+)(?:-([\w-]+))?|([\w-]+))", kind)
     numbers = [re.fullmatch(r"(\d+)(?:-(\d+))?", part) for part in members.split(",")]
     vote = found and (found[3] or found[2] or "soft")
     vote = "soft" if vote == "member" else vote
