@@ -191,7 +191,7 @@ def certify(
     with more examples (--max, --stop; not with --sigma-file) or, where the draws are fixed, with
     more draws (--n). Whether to take more draws must not be decided by what was certified, else
     alpha does not hold.
-    Several processes: torchrun --nproc-per-node 2 -m lib certify ...
+    Several processes: torchrun --nproc-per-node 2 -m -- lib certify ...
     """
     check_sigma_file(sigma_file, sigma_steps, noise, options)
     chosen = [(SAMPLERS, sampler), (Examples, None), (Engine, None)]

@@ -29,19 +29,20 @@ TORCHRUN = [
     "--nproc-per-node",
     "2",
     "-m",
+    "--",
     "lib",
 ]
-# --N, not --n: Python's argparse would take --n for an abbreviation of torchrun's own options.
+# Without --, Python's argparse would take --n and --max for abbreviations of torchrun's options.
 JOB = [
     "certify",
     "digits-cnn-sigma0.50",
     "--sigma",
     "0.5",
-    "--N0",
+    "--n0",
     "20",
-    "--N",
+    "--n",
     "2000",
-    "--stop",
+    "--max",
     "60",
     *ENGINE,
 ]

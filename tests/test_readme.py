@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 
+from lib.__main__ import certify
 from lib.noise import Gaussian
 from lib.store.logs import read_log
 from lib.store.records import load_counts, save_counts
@@ -59,6 +60,14 @@ def test_an_architecture_of_ones_own_is_registered(monkeypatch):
         runs("ARCHITECTURES[", MyNet=lambda shape, classes: (shape, classes))
     assert ended.value.code == 0
     assert ARCHITECTURES["mynet"]((1, 8, 8), 10) == ((1, 8, 8), 10)
+
+
+def test_torchrun_is_told_where_its_own_options_end():
+    """Else it takes --n, --max or --start for abbreviations of them."""
+    texts = [README, certify.__doc__]
+    commands = [part.split("lib")[0] for text in texts for part in text.split("torchrun ")[1:]]
+    assert len(commands) >= 3
+    assert all(command.endswith(" -m -- ") for command in commands if "nproc" in command)
 
 
 def test_every_block_is_run_here():
