@@ -32,7 +32,7 @@ from lib.models import load_checkpoint
 from lib.noise import Gaussian
 from lib.store.registry import Registry, option
 
-LOSSES = Registry("loss", needs=("passes", "__call__"))
+LOSSES = Registry("loss", needs=("__call__",))
 register = LOSSES.register
 ATTACKS, TRAIN = ("pgd", "ddn"), ("each", "mean")
 

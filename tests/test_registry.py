@@ -150,6 +150,8 @@ def test_a_class_that_lacks_what_its_kind_needs_is_refused():
     assert "mine" not in NOISES
     with pytest.raises(ValueError, match="sampler 'mine' lacks first, most"):
         SAMPLERS.register("mine")(GaussianLoss)
+    with pytest.raises(ValueError, match="loss 'mine' lacks __call__"):
+        LOSSES.register("mine")(Gaussian)
 
 
 @pytest.fixture

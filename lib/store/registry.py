@@ -37,7 +37,8 @@ class Registry(dict):
             old = self.get(name, cls)
             if (old.__module__, old.__qualname__) != (cls.__module__, cls.__qualname__):
                 raise ValueError(f"{self.kind} {name!r} is registered already: take another name")
-            if lacks := [need for need in self.needs if getattr(cls, need, None) is None]:
+            said = {name: value for base in cls.__mro__[::-1] for name, value in vars(base).items()}
+            if lacks := [need for need in self.needs if said.get(need) is None]:
                 raise ValueError(
                     f"{self.kind} {name!r} lacks {', '.join(lacks)}: each {self.kind} has "
                     f"{', '.join(self.needs)}"
