@@ -1,9 +1,9 @@
-"""Data-dependent smoothing: a noise level for each input, and a sound way to choose one.
+"""Data-dependent smoothing: a noise level for each input, found by gradient ascent.
 
 Algorithm 1 of Alfarra et al. (2022) chooses the level that maximises an estimate of the certified
 radius. The votes of the certificate must then be drawn afresh at that level. What such a
-certificate covers, and what it does not, is said in `lib.memory`; `certify_dual` needs no memory:
-its choice of the level is itself certified.
+certificate covers, and what it does not, is said in `lib.memory`; dual smoothing (`lib.dual`) needs
+no memory: its choice of the level is itself certified.
 """
 
 import dataclasses
