@@ -44,10 +44,16 @@ from lib.store.registry import Registry, option
 
 
 @pytest.fixture
-def box(monkeypatch):
+def registry(monkeypatch):
+    """The known noises, and whatever a test adds for its own time."""
+    monkeypatch.setattr("lib.noise.NOISES", known := Registry("noise"))
+    known |= NOISES
+    return known
+
+
+@pytest.fixture
+def box(registry):
     """A distribution of a user's own: uniform on a cube, certified in l1 by lambda (2 p - 1)."""
-    monkeypatch.setattr("lib.noise.NOISES", registry := Registry("noise"))
-    registry |= NOISES
 
     @registry.register("Box")
     @dataclasses.dataclass(frozen=True, eq=False)
@@ -155,10 +161,8 @@ def test_a_class_that_lacks_what_its_kind_needs_is_refused():
 
 
 @pytest.fixture
-def laplace(monkeypatch):
+def laplace(registry):
     """As short as a noise can be: no inverse of the radius, a table of its own, a tuple."""
-    monkeypatch.setattr("lib.noise.NOISES", registry := Registry("noise"))
-    registry |= NOISES
 
     @registry.register("Laplace")
     @dataclasses.dataclass(frozen=True, eq=False)
