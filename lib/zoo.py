@@ -198,6 +198,7 @@ def count(run_, path=None, n=None, index=None, data_path=None, models=DATA / "mo
         settings={"data": recipe.data, "split": "test"},
         engine=run_.engine,
         readouts=_readouts(run_, models),
+        ready={},
     )
     if path is None:
         return _counted(job, n)

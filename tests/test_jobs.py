@@ -169,6 +169,15 @@ def test_a_fixed_sampler_is_journaled_after_few_blocks(tmp_path, monkeypatch):
     assert passes <= 5 * (2 + 19)
 
 
+def test_a_continued_run_fills_blocks_with_the_draws_that_it_lacks(tmp_path, threads):
+    """Sixteen more draws of each of 40 examples are ten full blocks, not 40 blocks of one."""
+    threads(1)
+    run(Certify(60, 4800), 40, tmp_path / "log")
+    passes, votes = run(Certify(60, 4816), 40, tmp_path / "log")
+    assert (votes.sum(axis=1) == 4876).all()
+    assert passes == 10
+
+
 def test_a_sampler_that_wrongly_says_it_is_fixed_is_told_at_once(tmp_path, monkeypatch):
     """Else its run would never end: its examples would have fewer draws than `most` for ever."""
     monkeypatch.setattr(InputSpecific, "fixed", True)

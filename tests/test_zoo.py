@@ -9,7 +9,7 @@ from test_recipes import made_up_cifar10, short
 
 from lib import recipes, zoo
 from lib.data import load
-from lib.engine import jobs
+from lib.engine import jobs, settings
 from lib.ensemble import noisy_logits
 from lib.models import load_checkpoint, model_hash
 from lib.noise import Gaussian
@@ -74,6 +74,18 @@ def test_a_record_stopped_and_continued_equals_one_counted_at_once(tmp_path, mon
     other = dataclasses.replace(zoo.RUNS[NAME], model="digits-cnn-sigma0.50")
     with pytest.raises(ValueError, match="model_sha256 = "):
         zoo.count(other, path, index=some)
+
+
+def test_the_rounds_of_a_record_share_one_network_made_ready(tmp_path, monkeypatch):
+    """It is compiled once; a second command makes its own, since the network may have changed."""
+    made, ready = [], settings._ready
+    monkeypatch.setattr(settings, "_ready", lambda *given: made.append(1) or ready(*given))
+    some, runs, run = np.arange(3), [], zoo.run
+    monkeypatch.setattr(zoo, "run", lambda job: runs.append(job.sampler.n) or run(job))
+    zoo.count(NAME, tmp_path / "a.npz", n=1100, index=some)
+    assert (runs, len(made)) == ([500, 1000, 1100], 2)  # one chooses the engine, one counts
+    zoo.count(NAME, tmp_path / "a.npz", n=1200, index=some)
+    assert len(made) == 3  # as the record says that it was made
 
 
 def test_the_committed_records_can_be_continued(tmp_path, monkeypatch):

@@ -60,6 +60,8 @@ class Job:
       "auto" where it is to choose.
     - readouts: of a `model` that is an Ensemble, how its networks vote (lib.engine.readouts): the
       name of one, or a tuple of names, whose votes are recorded in one pass.
+    - ready: a dict in which runs of one network, which nobody changes meanwhile, share what was
+      made ready of it, so that it is compiled once.
 
     Raises ValueError naming model, images, labels, index, sampler, noise or readouts.
     """
@@ -76,6 +78,7 @@ class Job:
     settings: dict = dataclasses.field(default_factory=dict)
     engine: dict = dataclasses.field(default_factory=dict)
     readouts: str | tuple | None = None
+    ready: dict = dataclasses.field(default_factory=dict)
 
     def __post_init__(self):
         _check_parts(self)
@@ -389,8 +392,11 @@ def _work(job, plan, journal, mine, entries):
     base = open_base(job, plan["engine"])
     engine = with_processor(job, plan["engine"], base.settings["processor"])
     made = {"model": plan["model"], "settings": plan["settings"], "engine": engine}
-    # A fixed number of draws fills blocks by itself; of an adaptive sampler the first stage must.
-    draws = job.sampler.most if job.sampler.fixed else job.sampler.first
+    # Blocks are filled by the draws that a fixed number still lacks, or by the first stage.
+    draws = job.sampler.first
+    if job.sampler.fixed:
+        left = sum(job.sampler.most - _drawn(entries.get(i, {"votes": []})) for i in mine)
+        draws = max(1, left // len(mine))
     size = max(1, -(-BLOCKS * base.block // draws))
     with progress_bar(len(mine), " examples", rank()[0] == 0, smoothing=0.05) as bar:
         for first in range(0, len(mine), size):

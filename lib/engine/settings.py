@@ -50,21 +50,22 @@ def _ready(job, engine):
 
 def open_base(job, engine):
     """What votes in a run, with the engine's settings that it was begun with."""
-    base = _ready(
-        job,
-        {
-            "device": _device(job, engine),
-            "dtype": engine["dtype"],
-            "block": engine["block"],
-            "layout": engine["layout"],
-            "compile": engine["compiled"],
-        },
-    )
-    if rank()[0] == 0:
-        chosen = ", ".join(f"{name} {value}" for name, value in engine.items())
-        messages.info("counting with %s", chosen)
-        if engine["compiled"]:
-            messages.info("compiling the network, once: until then nothing is counted")
+    arguments = {
+        "device": _device(job, engine),
+        "dtype": engine["dtype"],
+        "block": engine["block"],
+        "layout": engine["layout"],
+        "compile": engine["compiled"],
+    }
+    key = (job.settings["model_sha256"], job.readouts, *arguments.values())
+    if key not in job.ready:
+        if rank()[0] == 0:
+            chosen = ", ".join(f"{name} {value}" for name, value in engine.items())
+            messages.info("counting with %s", chosen)
+            if engine["compiled"]:
+                messages.info("compiling the network, once: until then nothing is counted")
+        job.ready[key] = _ready(job, arguments)
+    base = job.ready[key]
     begun, here = (part | {"processor": None} for part in (engine, base.settings))
     if begun != here:
         raise ValueError(
