@@ -312,3 +312,49 @@ def test_every_process_continues_the_votes_of_its_share(tmp_path, monkeypatch, t
 def test_the_settings_of_a_run_are_those_of_the_engine():
     base = classifier.BaseClassifier(Counting(), (1, 4, 4), **ENGINE)
     assert tuple(base.settings) == SETTINGS
+
+
+def test_a_run_is_not_continued_by_a_network_whose_code_has_changed(tmp_path, monkeypatch):
+    """Of the same weights: neither a finished run, nor one that was stopped or wants more draws."""
+    run(Certify(20, 100), 5, tmp_path / "done")
+    run_until(3, monkeypatch, Certify(20, 100), 5, tmp_path / "stopped")
+    run(RecordVotes(100), 5, tmp_path / "record")
+    with monkeypatch.context() as patch:
+        forward = Counting.forward
+        patch.setattr(Counting, "forward", lambda self, x: forward(self, x) * 1.1)
+        for out, n in (("done", 100), ("done", 200), ("stopped", 100)):
+            with pytest.raises(ValueError, match="other code: model gives other values"):
+                run(Certify(20, n), 5, tmp_path / out)
+    assert run(Certify(20, 100), 5, tmp_path / "done")[0] == 0
+    assert (run(Certify(20, 100), 5, tmp_path / "stopped")[1].sum(axis=1) == 120).all()
+
+
+def test_a_run_is_not_continued_by_a_noise_whose_code_has_changed(tmp_path, monkeypatch):
+    run_until(3, monkeypatch, Certify(20, 100), 5, tmp_path / "log")
+    sample = Gaussian.sample
+    monkeypatch.setattr(
+        Gaussian, "sample", lambda self, x, generator: (sample(self, x, generator) - x) * 1.05 + x
+    )
+    with pytest.raises(ValueError, match="other code: noise gives other values"):
+        run(Certify(20, 100), 5, tmp_path / "log")
+
+
+def test_slight_rounding_and_a_network_that_draws_at_random_continue(tmp_path, monkeypatch):
+    forward = Counting.forward
+    monkeypatch.setattr(
+        Counting, "forward", lambda self, x: forward(self, x) + 0.01 * torch.rand(len(x), 1)
+    )
+    run_until(3, monkeypatch, Certify(20, 100), 5, tmp_path / "log")
+    torch.rand(7)
+    noisy = Counting.forward
+    monkeypatch.setattr(Counting, "forward", lambda self, x: noisy(self, x) * (1 + 1e-4))
+    assert run(Certify(20, 100), 5, tmp_path / "log")[0] > 0
+
+
+def test_a_run_of_an_older_version_kept_no_probe_and_continues(tmp_path, monkeypatch):
+    run_until(3, monkeypatch, Certify(20, 100), 5, tmp_path / "log")
+    made, entries = read_journal(tmp_path / "log.journal")
+    write_journal(
+        tmp_path / "log.journal", {k: made[k] for k in made if k != "probe"}, entries.values()
+    )
+    assert run(Certify(20, 100), 5, tmp_path / "log")[0] > 0

@@ -18,7 +18,7 @@ data
 ensemble
 models
 variance theory
-engine.hardware engine.folding engine.admission engine.tuning engine.*
+engine.hardware engine.folding engine.admission engine.tuning engine.probe engine.*
 engine.classifier engine.readouts engine.live engine.processes engine.settings engine.stages
 engine.jobs engine.moments
 counts

@@ -95,5 +95,5 @@ def keep_freed_memory():
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL("libc.so.6").mallopt
-        mallopt(-3, 1 << 25)  # M_MMAP_THRESHOLD, the largest that every version admits
-        mallopt(-1, 1 << 30)  # M_TRIM_THRESHOLD
+        mallopt(-4, 0)  # M_MMAP_MAX: blocks of any size come from the heap, which keeps them
+        mallopt(-1, -1)  # M_TRIM_THRESHOLD: the heap is not given back before the end

@@ -20,6 +20,7 @@ import torch
 
 from lib.checks import check_images, check_labels
 from lib.data import content_hash
+from lib.engine.probe import check_probe, probe
 from lib.engine.processes import Group, own_cores, rank
 from lib.engine.progress import progress_bar
 from lib.engine.settings import (
@@ -259,7 +260,7 @@ def _opened(job):
             else:
                 engine = choose_engine(job)
                 made = {"model": job.name, "settings": job.settings, "engine": engine}
-                journal.begin(made)
+                journal.begin(made | {"probe": probe(job)})
         plan = _continued(job, journal) | {"todo": _todo(job, journal)}
         begun = [journal.entries[i] for i in plan["todo"] if i in journal.entries]
         yield journal, plan | {"had": [_drawn(entry) for entry in begun]}
@@ -326,6 +327,8 @@ def _continued(job, journal):
             "--out"
         )
     check_engine(job, made["engine"])
+    if journal.entries and "probe" in made:  # not in those of an older version
+        check_probe(job, made["probe"])
     _check_results(job, journal)
     return made | {"settings": new}
 
@@ -391,7 +394,8 @@ def _work(job, plan, journal, mine, entries):
         return
     base = open_base(job, plan["engine"])
     engine = with_processor(job, plan["engine"], base.settings["processor"])
-    made = {"model": plan["model"], "settings": plan["settings"], "engine": engine}
+    made = {name: plan[name] for name in ("model", "settings", "probe") if name in plan}
+    made |= {"engine": engine}
     # Blocks are filled by the draws that a fixed number still lacks, or by the first stage.
     draws = job.sampler.first
     if job.sampler.fixed:
