@@ -1,8 +1,12 @@
-"""Sources of votes, and a network of known probabilities, that several test files share."""
+"""Sources of votes, a network of known probabilities and a way to write journals, for all tests."""
+
+import pathlib
 
 import numpy as np
 import torch
 from torch import nn
+
+from lib.store.journal import Journal
 
 
 class Tape:
@@ -38,3 +42,11 @@ class Band(nn.Module):
         inside = self.sharpness * (self.width - (x.flatten(1)[:, 0] - 0.5).abs())
         inside = float(np.log(19) / 2) * inside.tanh()
         return torch.stack([inside, -inside], dim=1)
+
+
+def write_journal(path, made, entries):
+    """A whole journal in place of what was at `path`."""
+    pathlib.Path(path).unlink(missing_ok=True)
+    with Journal(pathlib.Path(path)) as journal:
+        journal.begin(made)
+        journal.append(list(entries))

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sources import write_journal
 from test_recipes import made_up_cifar10
 from typer.testing import CliRunner
 
@@ -33,7 +34,7 @@ from lib.iss import certify_iss, sample_size_map
 from lib.models import load_checkpoint, model_hash
 from lib.noise import Gaussian
 from lib.samplers import SAMPLERS, Certify
-from lib.store.journal import read_journal, write_journal
+from lib.store.journal import read_journal
 from lib.store.records import load_counts, save_counts
 
 ROOT = pathlib.Path(__file__).parent.parent

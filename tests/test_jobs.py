@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from sources import write_journal
 from torch import nn
 
 from lib.certify import certify
@@ -23,7 +24,7 @@ from lib.samplers import (
     RecordVotes,
     Staircase,
 )
-from lib.store.journal import read_journal, write_journal
+from lib.store.journal import read_journal
 from lib.store.records import load_counts, save_counts
 
 ENGINE = {"dtype": torch.float32, "block": 64, "layout": "contiguous", "compile": False}

@@ -10,7 +10,7 @@ import os
 import pathlib
 import zlib
 
-from lib.store.files import read_bytes, write_atomically
+from lib.store.files import read_bytes
 
 try:
     import fcntl
@@ -130,9 +130,3 @@ class Journal:
             with contextlib.suppress(OSError):
                 self._file.truncate(end)
             raise
-
-
-def write_journal(path, made, entries):
-    """Write a whole journal at once, or nothing."""
-    lines = [_line({"run": made}), *(_line(entry) for entry in entries)]
-    write_atomically(path, b"".join(lines))
