@@ -690,6 +690,23 @@ def test_networks_whose_votes_would_not_be_independent_are_refused(model, messag
         BaseClassifier(model, SHAPE, **PLAIN)
 
 
+@pytest.mark.parametrize("held", [list, tuple, set, lambda nets: dict(enumerate(nets))])
+def test_networks_that_are_not_registered_are_refused(held):
+    """Neither eval mode nor a hash reaches them: a run would continue with other networks."""
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.networks = held([OnItsOwn(lambda z: z), OnItsOwn(lambda z: -z)])
+
+        def forward(self, x):
+            nets = self.networks
+            return sum(net(x) for net in (nets.values() if isinstance(nets, dict) else nets))
+
+    with pytest.raises(ValueError, match=r"model holds .*plain \w+, networks,.*nn\.ModuleList"):
+        BaseClassifier(nn.Sequential(Mean()), SHAPE, **PLAIN)
+
+
 def test_batch_norm_that_stays_in_training_mode_is_refused():
     with pytest.raises(ValueError, match="each image by itself"):
         BaseClassifier(AlwaysTraining(), SHAPE, **PLAIN)

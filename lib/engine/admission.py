@@ -5,6 +5,7 @@ import copy
 import logging
 
 import torch
+from torch import nn
 
 from lib.models import Normalize
 
@@ -83,6 +84,7 @@ def count_classes(model, shape, device):
     certified.
     """
     _check_channels(model, shape)
+    _check_registered(model)
     generator = torch.Generator().manual_seed(0)
     mixed = random = False
     for sigma in NOISE_LEVELS:
@@ -122,6 +124,22 @@ def _check_channels(model, shape):
                 f"model normalises {len(module.mean)} channels, but the images have {shape[0]}: "
                 f"give the images that it was trained on{_turned(shape)}"
             )
+
+
+def _check_registered(model):
+    """Networks in a plain list are in no hash of the weights: a run would go on with any others."""
+    known = set(model.modules())
+    for module in model.modules():
+        for name in vars(module).keys() - vars(nn.Module()).keys():
+            value = getattr(module, name)
+            parts = value.values() if isinstance(value, dict) else value
+            parts = parts if isinstance(value, dict | list | tuple | set) else ()
+            if any(isinstance(part, nn.Module) and part not in known for part in parts):
+                raise ValueError(
+                    f"model holds networks in a plain {type(value).__name__}, {name}, where "
+                    "neither eval mode nor the hash of its weights reaches them: make it an "
+                    "nn.ModuleList or nn.ModuleDict"
+                )
 
 
 def _differ(a, b):
