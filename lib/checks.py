@@ -91,9 +91,10 @@ def check_sigma(sigma, name="sigma"):
 
     - name: of the argument.
 
-    Returns it as float or float64 array [B].
+    Returns it as float or float64 array [B], a copy: levels that a search goes on to change in
+    place must not change the noise that votes were drawn under.
     """
-    array = check_numbers(sigma, name)
+    array = check_numbers(sigma, name).copy()
     if array.ndim > 1 or array.size == 0 or not np.isfinite(array).all() or (array <= 0).any():
         raise ValueError(
             f"{name} must be finite and > 0, a scalar or one value per example; got {sigma!r}"

@@ -11,6 +11,7 @@ import numpy as np
 from scipy.special import betainc
 from scipy.stats import binom
 
+from lib.boundaries import certify_count
 from lib.bounds import clopper_pearson_lower, clopper_pearson_upper
 from lib.certify import Certificates, votes_for
 from lib.checks import (
@@ -297,7 +298,7 @@ def failure_rate(p, n0, sizes, reuse=False, chosen=True):
     truth = np.where(swapped, 1 - p, p)
     used, new = _spending(_sizes_after(hits, n0, sizes), n0, reuse)
     # The smallest count whose bound exceeds the truth: P(X >= count | used, truth) < alpha.
-    needed = binom.isf(sizes.alpha, used, np.maximum(truth, 0.5)) + 1
+    needed = certify_count(np.maximum(truth, 0.5), used, sizes.alpha)
     known = hits if reuse else 0
     fails = np.where(used > 0, binom.sf(needed - known - 1, new, truth), 0.0)
     return float(np.sum(weight * fails))

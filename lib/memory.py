@@ -199,7 +199,8 @@ class CertificateMemory:
             block, limit = keys[first : first + BLOCK], before[first : first + BLOCK]
             for start in range(0, int(limit.max(initial=0)), COLUMNS):
                 stored = self._keys[start : min(start + COLUMNS, int(limit.max()))]
-                row, column = np.divmod(np.flatnonzero(block @ stored.T >= 0), len(stored))
+                # Not "at least 0": beyond single precision (1e19) the product is NaN.
+                row, column = np.divmod(np.flatnonzero(~(block @ stored.T < 0)), len(stored))
                 keep = column + start < limit[row]
                 found.append((row[keep], column[keep] + start))
             if found:

@@ -143,8 +143,13 @@ ARCHITECTURES = {
 
 
 def model_hash(model):
-    """Hex SHA-256 of a model's weights and buffers: names, dtypes, shapes and values."""
-    return state_hash(model.state_dict())
+    """Hex SHA-256 of a model's weights and buffers: names, dtypes, shapes and values.
+
+    Buffers that the state dict leaves out (persistent=False) count: they make its logits, too.
+    """
+    state = model.state_dict()
+    rest = {name: buffer for name, buffer in model.named_buffers() if name not in state}
+    return state_hash(state | rest)
 
 
 def save_checkpoint(path, model, header, half=True):

@@ -134,6 +134,15 @@ def test_counts_agree_with_the_bounds_of_clopper_and_pearson(n, null):
     assert abstain_count(null, n, ALPHA) == (missed[-1] if len(missed) else -1)
 
 
+@pytest.mark.parametrize("alpha", [1e-16, 1e-17, 1e-30, 1e-150])
+def test_the_fewest_votes_at_a_tiny_alpha(alpha):
+    """scipy's quantile of a tail below 5.5e-17 is n: nothing short of all votes would certify."""
+    n, null = np.array([[1000], [10**6]]), np.array([0.5, 0.6, 0.84])
+    fewest = certify_count(null, n, alpha)
+    assert (binom.sf(fewest - 1, n, null) <= alpha).all()
+    assert (binom.sf(fewest - 2, n, null) > alpha).all()
+
+
 def test_figure_4():
     """Horvath et al. 2022, figure 4: sigma = r = .25, alpha .001, beta .0001."""
     test = bonferroni(norm.cdf(1), [1000, 10_000, 125_000], 0.001, 0.0001)

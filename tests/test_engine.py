@@ -558,7 +558,8 @@ def test_networks_that_cannot_be_folded_stay_as_they_are():
         for layer in (model.a, model.b):
             nn.init.uniform_(layer.running_mean, -0.5, 0.5)
         assert folded(model, SHAPE) is model, kind
-        assert not BaseClassifier(model, SHAPE, **PLAIN).settings["folded"]
+        if kind is not Throws:  # one noise for all rows of a pass: it may not vote
+            assert not BaseClassifier(model, SHAPE, **PLAIN).settings["folded"]
 
 
 @pytest.mark.parametrize("n", [1, 63, 64, 65, 130])
@@ -689,6 +690,23 @@ def test_networks_whose_votes_would_not_be_independent_are_refused(model, messag
         BaseClassifier(model, SHAPE, **PLAIN)
 
 
+@pytest.mark.parametrize("held", [list, tuple, set, lambda nets: dict(enumerate(nets))])
+def test_networks_that_are_not_registered_are_refused(held):
+    """Neither eval mode nor a hash reaches them: a run would continue with other networks."""
+
+    class Mean(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.networks = held([OnItsOwn(lambda z: z), OnItsOwn(lambda z: -z)])
+
+        def forward(self, x):
+            nets = self.networks
+            return sum(net(x) for net in (nets.values() if isinstance(nets, dict) else nets))
+
+    with pytest.raises(ValueError, match=r"model holds .*plain \w+, networks,.*nn\.ModuleList"):
+        BaseClassifier(nn.Sequential(Mean()), SHAPE, **PLAIN)
+
+
 def test_batch_norm_that_stays_in_training_mode_is_refused():
     with pytest.raises(ValueError, match="each image by itself"):
         BaseClassifier(AlwaysTraining(), SHAPE, **PLAIN)
@@ -714,6 +732,53 @@ def test_a_random_forward_is_admitted_with_a_warning(caplog):
     )
     assert "two passes over the same images differ" in caplog.text
     assert source.draw(30).sum() == 60
+
+
+class DrawsItsWeights(nn.Module):
+    """A Bayesian linear network: weights drawn anew in each pass, for all of its rows together."""
+
+    def __init__(self, share=1.0):
+        super().__init__()
+        torch.manual_seed(0)
+        self.head, self.share = nn.Linear(16, 3), share
+
+    def forward(self, x):
+        own = 2 * (1 - self.share) * torch.randn(len(x), 3)
+        return self.head(x.flatten(1)) + 2 * self.share * torch.randn(3) + own
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        DrawsItsWeights(),
+        DrawsItsWeights(share=0.6),
+        OnItsOwn(lambda z: z * (torch.rand(()) < 0.5)),
+        OnItsOwn(
+            lambda z: nn.functional.dropout(
+                nn.functional.batch_norm(z, None, None, training=True), 0.1
+            )
+        ),
+    ],
+)
+def test_a_random_network_whose_rows_share_their_randomness_is_refused(model):
+    """Votes of one block would be one draw: 11% of images were certified at p = .37."""
+    for _ in range(20):
+        with pytest.raises(ValueError, match=r"model must .* each image by itself"):
+            BaseClassifier(model, SHAPE, **PLAIN)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda z: nn.functional.dropout(z, 0.3),
+        lambda z: z + torch.randn(z.shape),
+        lambda z: z + 1e3 * (torch.rand(len(z), 1) < 0.02),
+        lambda z: z * torch.rand(len(z), 1),
+    ],
+)
+def test_a_random_network_of_independent_rows_is_not(change):
+    for _ in range(50):
+        assert BaseClassifier(OnItsOwn(change), SHAPE, **PLAIN).classes == 3
 
 
 @pytest.mark.parametrize("convert", [nn.Module.double, nn.Module.half, nn.Module.bfloat16])

@@ -129,6 +129,15 @@ def test_the_sizes_of_its_blocks_change_no_answer(norm, monkeypatch):
     assert 20 < (answers != ABSTAIN).sum() < 80
 
 
+@pytest.mark.filterwarnings("ignore:.*encountered:RuntimeWarning")
+@pytest.mark.parametrize("scale", [1e-30, 1e18, 1e25])
+def test_points_of_any_scale_keep_the_invariant(scale):
+    memory = CertificateMemory("l2")
+    assert memory.add(np.array([scale, 0.0]), 0, 0.9 * scale) == (0, 0.9 * scale)
+    assert memory.add(np.array([1.5 * scale, 0.0]), 1, scale)[0] == 0
+    assert memory.query(np.array([[1.5 * scale, 0.0]]))[0] == 0
+
+
 def test_a_memory_that_has_grown_forgets_nothing():
     """More points than it first has room for: all are still there, and still kept apart."""
     points, classes, radii = crowd(6, 2, size=1500)

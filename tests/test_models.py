@@ -126,3 +126,15 @@ def test_a_checkpoint_of_an_own_architecture_says_how_to_register_it(tmp_path, m
     monkeypatch.undo()
     with pytest.raises(ValueError, match=r"'mynet' is not known here.* register it in a file"):
         load_checkpoint(tmp_path / "m.safetensors")
+
+
+def test_buffers_that_a_state_dict_leaves_out_are_in_the_hash():
+    """Constants of a normalisation, mended between two runs, make another network."""
+
+    class Scaled(torch.nn.Module):
+        def __init__(self, scale):
+            super().__init__()
+            self.register_buffer("scale", torch.tensor(scale), persistent=False)
+
+    assert model_hash(Scaled(0.5)) != model_hash(Scaled(0.25))
+    assert model_hash(Scaled(0.5)) == model_hash(Scaled(0.5))

@@ -559,3 +559,12 @@ def test_votes_under_ablation_do_not_depend_on_blocks():
 def test_bad_ablations(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("kind", [Gaussian, Uniform])
+def test_levels_changed_in_place_do_not_change_the_noise(kind):
+    """Else a certificate of the votes already drawn would get the radius of other levels."""
+    levels = np.array([0.25, 0.5])
+    noise, before = kind(levels), kind([0.25, 0.5])
+    levels *= 2
+    assert noise == before

@@ -5,6 +5,7 @@ import copy
 import logging
 
 import torch
+from torch import nn
 
 from lib.models import Normalize
 
@@ -12,6 +13,7 @@ from lib.models import Normalize
 # rounding, far below it; so small a shift moves a probability by less than 100,000 draws can tell.
 TOLERANCE = 1e-3
 NOISE_LEVELS = (0.1, 0.5, 1.0)  # sigma of the noisy images that a network is checked on
+PASSES, COPIES = 8, 8  # of a random network's check, and of each image in one of its passes
 log = logging.getLogger(__name__)
 
 
@@ -76,13 +78,15 @@ def count_classes(model, shape, device):
     - shape: (channels, height, width) of an image.
     - device: torch.device of the model.
 
-    Raises ValueError where the network does not run on such images, and where a row depends on the
-    other rows. Warns where two passes over the same
-    images differ: of a random network only the average over its randomness is certified.
+    Raises ValueError where the network does not run on such images, where a row depends on the
+    other rows, and where a random network draws once for all rows of a pass. Warns where two passes
+    over the same images differ: of a random network only the average over its randomness is
+    certified.
     """
     _check_channels(model, shape)
+    _check_registered(model)
     generator = torch.Generator().manual_seed(0)
-    mixed = False
+    mixed = random = False
     for sigma in NOISE_LEVELS:
         x = torch.rand(6, *shape, generator=generator)
         noise = sigma * torch.randn(x.shape, generator=generator)
@@ -91,7 +95,14 @@ def count_classes(model, shape, device):
         x = (x + noise).to(device)
         first, moved = _first_logits(model, x[:4]), logits_of(model, x[[4, 0, 1, 5]])
         mixed |= _differ(first[:2], moved[1:3])
-    if _differ(first, logits_of(model, x[:4])):
+        random |= _differ(first, logits_of(model, x[:4]))
+    if random:
+        if _shares_randomness(model, x[:4]):
+            raise ValueError(
+                "model must draw what is random in it for each image by itself: its logits change "
+                "from pass to pass for all images of a batch together (weights drawn once a pass, "
+                "one random crop for all, batch norm in training mode beside dropout?)"
+            )
         log.warning(
             "model: two passes over the same images differ (dropout that stays on?): "
             "its votes will not be the same again"
@@ -115,6 +126,22 @@ def _check_channels(model, shape):
             )
 
 
+def _check_registered(model):
+    """Networks in a plain list are in no hash of the weights: a run would go on with any others."""
+    known = set(model.modules())
+    for module in model.modules():
+        for name in vars(module).keys() - vars(nn.Module()).keys():
+            value = getattr(module, name)
+            parts = value.values() if isinstance(value, dict) else value
+            parts = parts if isinstance(value, dict | list | tuple | set) else ()
+            if any(isinstance(part, nn.Module) and part not in known for part in parts):
+                raise ValueError(
+                    f"model holds networks in a plain {type(value).__name__}, {name}, where "
+                    "neither eval mode nor the hash of its weights reaches them: make it an "
+                    "nn.ModuleList or nn.ModuleDict"
+                )
+
+
 def _differ(a, b):
     """Whether logits of equal images differ by more than rounding, on the scale of the vote."""
     finite = a.isfinite().all(dim=1) & b.isfinite().all(dim=1)  # others are refused when counted
@@ -128,6 +155,27 @@ def _differ(a, b):
     # A third class that overtakes the two is another vote, even where their own gap stays.
     overtaken = b[finite].double().amax(dim=1) - other.amax(dim=1)
     return moved or bool(overtaken.max() > TOLERANCE * gap.mean() + rounding)
+
+
+def _shares_randomness(model, x):
+    """Whether the rows of a pass of a random network depend on each other: one-way ANOVA.
+
+    Copies of some images pass beside dark companions, then beside bright ones, and so on. Where
+    each row is drawn by itself, the means of an image's copies differ from pass to pass no more
+    than the copies do within a pass.
+    """
+    copies, found = x.repeat_interleave(COPIES, dim=0), []
+    for i in range(PASSES):
+        beside = torch.cat([copies, torch.full_like(copies, 4.0 * (i % 2))])
+        logits = logits_of(model, beside)[: len(copies)].double()
+        logits = logits.nan_to_num(nan=0, posinf=0, neginf=0)  # refused when they are counted
+        found.append(logits.unflatten(0, (-1, COPIES)))
+    found = torch.stack(found)  # [pass, image, copy, class]
+    within = found.var(dim=2).mean(dim=(0, 1))
+    between = COPIES * found.mean(dim=2).var(dim=0).mean(dim=0)
+    rounding = 64 * torch.finfo(torch.float32).eps * found.abs().max()
+    # Of 28 and 224 degrees of freedom: by chance the ratio is above 6 about once in 10^14.
+    return bool((between > 6 * within + rounding**2).any())
 
 
 @torch.no_grad()

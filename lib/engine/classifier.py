@@ -99,7 +99,8 @@ class BaseClassifier:
 
     - model: nn.Module, logits [B, C] from float images [B, *shape] in [0, 1], normalisation
       inside, each image by itself. It is copied; all its floating-point numbers are cast to dtype.
-      A random forward is admitted with a warning: its average is certified.
+      A random forward is admitted with a warning, and its average is certified, where it draws for
+      each image by itself; weights drawn once a pass are refused.
     - shape: (channels, height, width) of an image.
     - device: default CUDA where there is one, else the CPU.
     - dtype: "float32", "bfloat16" or "int8", or the torch.dtype. The default follows a rule
