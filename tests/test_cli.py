@@ -313,7 +313,7 @@ def test_a_log_is_not_continued_with_another_network_or_engine(reference, tmp_pa
     arguments = [a if a != "digits-cnn-sigma0.50" else "digits-cnn-sigma0.25" for a in SMALL]
     said = refused(*arguments, "--out", reference)
     assert "was made with another network (model_sha256 = " in said
-    out = unfinished(reference, tmp_path, 1500)
+    out = unfinished(reference, tmp_path, 2500)
     made, entries = read_journal(f"{out}.journal")
     made["engine"]["torch"] = "1.0"
     write_journal(f"{out}.journal", made, entries.values())
@@ -480,7 +480,7 @@ def test_the_time_of_a_continued_example_is_that_of_all_its_draws(tmp_path):
 
 
 def test_a_running_journal_is_reported(reference, tmp_path):
-    out = unfinished(reference, tmp_path, 1500)
+    out = unfinished(reference, tmp_path, 2500)
     whole = read_journal(f"{out}.journal")[1]
     assert 0 < len(whole) < 12
     (row,) = json.loads(done("report", f"{out}.journal", "--json"))
@@ -595,7 +595,7 @@ def test_a_run_that_abstains_everywhere_is_reported(tmp_path):
 
 
 def test_a_run_of_a_gpu_is_not_continued_without_one(reference, tmp_path):
-    out = unfinished(reference, tmp_path, 1500)
+    out = unfinished(reference, tmp_path, 2500)
     made, entries = read_journal(f"{out}.journal")
     made["engine"]["device"] = "cuda:99"
     write_journal(f"{out}.journal", made, entries.values())

@@ -18,7 +18,7 @@ import time
 import numpy as np
 import torch
 
-from lib.checks import check_images, check_labels
+from lib.checks import check_images, check_labels, check_seed
 from lib.data import content_hash
 from lib.engine.probe import check_probe, probe
 from lib.engine.processes import Group, own_cores, rank
@@ -64,7 +64,7 @@ class Job:
     - ready: a dict in which runs of one network, which nobody changes meanwhile, share what was
       made ready of it, so that it is compiled once.
 
-    Raises ValueError naming model, images, labels, index, sampler, noise or readouts.
+    Raises ValueError naming model, images, labels, index, sampler, noise, seed or readouts.
     """
 
     model: torch.nn.Module
@@ -83,6 +83,7 @@ class Job:
 
     def __post_init__(self):
         _check_parts(self)
+        check_seed(self.seed)
         object.__setattr__(self, "images", _checked_images(self.images))
         size, index = len(self.images), np.asarray(self.index)
         if not index.size:
