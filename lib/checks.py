@@ -95,7 +95,8 @@ def check_sigma(sigma, name="sigma"):
     place must not change the noise that votes were drawn under.
     """
     array = check_numbers(sigma, name).copy()
-    if array.ndim > 1 or array.size == 0 or not np.isfinite(array).all() or (array <= 0).any():
+    tiny = np.finfo(np.float32).tiny  # below it a level would be 0 as the noise uses it
+    if array.ndim > 1 or array.size == 0 or not np.isfinite(array).all() or (array < tiny).any():
         raise ValueError(
             f"{name} must be finite and > 0, a scalar or one value per example; got {sigma!r}"
         )

@@ -238,6 +238,7 @@ BAD = {
     "p_a and p_b above 1": (lambda: li_radius(0.8, 0.4, 0.5), ["p_a + p_b", "at most 1", "1.2"]),
     # Noise and radii.
     "sigma 0": (lambda: Gaussian(0), ["sigma", "> 0", "0"]),
+    "sigma of denormal size": (lambda: Gaussian(1e-50), ["sigma", "> 0", "1e-50"]),
     "sigma negative": (lambda: Gaussian([0.5, -0.25]), ["sigma", "> 0", "-0.25"]),
     "sigma NaN": (lambda: Gaussian(math.nan), ["sigma", "finite", "nan"]),
     "sigma infinite": (lambda: cohen_radius(0.8, 0.1, math.inf), ["sigma", "finite", "inf"]),
