@@ -359,3 +359,12 @@ def test_a_run_of_an_older_version_kept_no_probe_and_continues(tmp_path, monkeyp
         tmp_path / "log.journal", {k: made[k] for k in made if k != "probe"}, entries.values()
     )
     assert run(Certify(20, 100), 5, tmp_path / "log")[0] > 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_a_network_of_another_precision_is_tried_in_its_own(tmp_path, dtype):
+    task = job(Certify(20, 100), 3, tmp_path / "log")
+    task.model.to(dtype)
+    task = dataclasses.replace(task, settings={})  # its hash is that of these weights
+    jobs.run(task)
+    assert read_journal(tmp_path / "log.journal")[0]["probe"]["model"]

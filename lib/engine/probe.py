@@ -28,10 +28,11 @@ def probe(job):
     noisy = noise.sample(image.cpu().expand(CHUNK, *image.shape), [stream])[:COPIES]
     found = {"noise": _shown(noisy)}
     if not any(isinstance(module, Program) for module in job.model.modules()):
-        tensors = itertools.chain(job.model.parameters(), job.model.buffers(), [image.cpu()])
+        tensors = itertools.chain(job.model.parameters(), job.model.buffers(), [noisy])
+        like = next(tensor for tensor in tensors if tensor.is_floating_point())
         with evaluating(job.model), torch.random.fork_rng():
             torch.manual_seed(0)  # of a network that draws at random
-            found["model"] = _shown(job.model(noisy.to(next(tensors).device)))
+            found["model"] = _shown(job.model(noisy.to(like)))
     return found
 
 
