@@ -251,6 +251,8 @@ def _check_two(counts, noise):
     check_noise(counts, noise)
     if not hasattr(noise, "radius_two"):
         raise ValueError(f"noise must have a radius of two probabilities (radius_two); got {noise}")
+    if counts.classes < 2:
+        raise ValueError("counts must have two classes or more: of one there is no runner-up")
 
 
 def _alone(ordered):

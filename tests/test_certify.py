@@ -266,6 +266,8 @@ def test_margin_refuses_a_noise_of_one_probability():
         counts.draw = None  # refused before it costs a draw
         with pytest.raises(ValueError, match="noise must have a radius of two probabilities"):
             certified(counts, OneSided(), 10, 100, 0.01)
+        with pytest.raises(ValueError, match="counts must have two classes or more"):
+            certified(SimulatedCounts([[1.0]]), Gaussian(1.0), 10, 100, 0.01)
     with pytest.raises(ValueError, match="share"):
         certify_margin(SimulatedCounts([[0.9, 0.1]]), Gaussian(1.0), 10, 100, 0.01, share=1.0)
 
