@@ -12,6 +12,7 @@ from lib.certify import certify
 from lib.engine import classifier, jobs
 from lib.engine.live import ModelCounts
 from lib.engine.settings import SETTINGS
+from lib.ensemble import VOTES, Ensemble
 from lib.noise import Gaussian
 from lib.samplers import (
     SAMPLERS,
@@ -338,6 +339,39 @@ def test_a_run_is_not_continued_by_a_noise_whose_code_has_changed(tmp_path, monk
     )
     with pytest.raises(ValueError, match="other code: noise gives other values"):
         run(Certify(20, 100), 5, tmp_path / "log")
+
+
+@pytest.mark.parametrize("n", [100, 200])
+def test_a_run_is_not_continued_by_a_sampler_whose_code_has_changed(tmp_path, monkeypatch, n):
+    run_until(3, monkeypatch, Certify(20, 100), 5, tmp_path / "log")
+    call = Certify.__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            Certify,
+            "__call__",
+            lambda self, *args: call(dataclasses.replace(self, alpha=0.9), *args),
+        )
+        with pytest.raises(ValueError, match="other code: sampler gives other values"):
+            run(Certify(20, n), 5, tmp_path / "log")
+    assert run(Certify(20, n), 5, tmp_path / "log")[0] > 0
+
+
+@pytest.mark.parametrize("sampler", [Certify(20, 100), RecordVotes(100)])
+def test_a_run_is_not_continued_by_a_vote_whose_code_has_changed(tmp_path, monkeypatch, sampler):
+    names = "hard:0-1" if sampler.certifies else ("member:0", "hard:0-1")
+    networks = Ensemble([Counting(), Counting()])
+    task = dataclasses.replace(
+        job(sampler, 3, tmp_path / "log"), model=networks, readouts=names, settings={}
+    )
+    with jobs._opened(task) as (journal, plan):
+        jobs._work(task, plan, journal, plan["todo"][:2], {})
+    hard = VOTES["hard"]
+    other = dataclasses.replace(hard, pool=lambda *args: -hard.pool(*args))
+    with monkeypatch.context() as patch:
+        patch.setitem(VOTES, "hard", other)
+        with pytest.raises(ValueError, match="other code: vote gives other values"):
+            jobs.run(task)
+    assert jobs.run(task) == 1
 
 
 def test_slight_rounding_and_a_network_that_draws_at_random_continue(tmp_path, monkeypatch):

@@ -329,7 +329,8 @@ def _continued(job, journal):
         )
     check_engine(job, made["engine"])
     if journal.entries and "probe" in made:  # not in those of an older version
-        check_probe(job, made["probe"])
+        check_probe(job, made["probe"], old["sampler"])
+        made = made | {"probe": probe(job)}  # a sampler of more draws gives other values
     _check_results(job, journal)
     return made | {"settings": new}
 

@@ -1,26 +1,48 @@
-"""What the code of a run makes of one image, kept in its journal: changed code votes in no old run.
+"""What the code of a run makes of one example, kept in its journal: changed code continues no run.
 
-The hash of a network covers its weights alone, and a noise is known by its name and numbers.
+The hash of a network covers its weights alone; noise, sampler and votes are known by their names
+and numbers.
 """
 
+import dataclasses
 import itertools
 
 import numpy as np
 import torch
 
 from lib.engine.admission import evaluating
+from lib.engine.readouts import readout
 from lib.noise import CHUNK, noise_stream
 from lib.store.programs import Program
 
 COPIES, SHOWN = 4, 10  # noisy copies that the network sees; pixels and logits of each that are kept
 ROUNDING = 0.01  # of their spread: by so much machines, precisions and versions may differ
+SHARES = ((0.97, 0.03), (0.7, 0.3), (0.45, 0.55))  # of the votes that a sampler is shown
+
+
+class Shares:
+    """A source whose draws have the shares SHARES, up to rounding: the same in every version."""
+
+    classes = 2
+
+    def __len__(self):
+        return len(SHARES)
+
+    def draw(self, n):
+        """Votes int64 [3, 2] of n draws (int, or int [3])."""
+        n = np.broadcast_to(n, len(self))
+        second = np.rint(n * np.array(SHARES)[:, 1]).astype(np.int64)
+        return np.stack([n - second, second], axis=1)
 
 
 @torch.no_grad()
-def probe(job):
-    """{"noise": pixels, "model": logits}, each [COPIES, SHOWN], of a job's first image.
+def probe(job, sampler=None):
+    """What a job makes of its first image, and its sampler and votes of made-up numbers.
 
-    Of a Program no logits: its hash covers its code.
+    - sampler: to try instead of the job's.
+
+    Returns {"noise": pixels, "model": logits, "sampler": radii, "draws": n, "vote": classes}, each
+    a list of rows of at most SHOWN numbers. Of a Program no logits: its hash covers its code.
     """
     (image,) = torch.as_tensor(job.images[np.array([0])])
     stream = noise_stream(job.seed, 0, 0, torch.device("cpu"))
@@ -33,17 +55,34 @@ def probe(job):
         with evaluating(job.model), torch.random.fork_rng():
             torch.manual_seed(0)  # of a network that draws at random
             found["model"] = _shown(job.model(noisy.to(like)))
+    if job.certifies:
+        level = job.noise.select(np.zeros(len(SHARES), dtype=np.int64))
+        certificates = (sampler or job.sampler)(Shares(), level)
+        signed = np.where(certificates.prediction == 1, -1, 1) * certificates.radius
+        found |= {"sampler": [signed.tolist()], "draws": [certificates.n.tolist()]}
+    if job.readouts is not None:
+        found["vote"] = _votes(job)
     return found
 
 
-def check_probe(job, old):
+def _votes(job):
+    """The classes that a job's readouts make of made-up logits of its networks."""
+    size = len(job.model.members), SHOWN, 5
+    logits = torch.sin(torch.arange(np.prod(size), dtype=torch.float64) ** 2).float().view(size)
+    names = [job.readouts] if isinstance(job.readouts, str) else job.readouts
+    return [readout(name).read(logits)[0].tolist() for name in names]
+
+
+def check_probe(job, old, made):
     """Refuse to continue a run whose code has changed since it was begun.
 
-    - old: what `probe` found then.
+    - old: what `probe` found then. made: how the sampler described itself then, which may have
+      had fewer draws.
 
     Raises ValueError naming what has changed.
     """
-    for name, values in probe(job).items():
+    fewer = {} if made == job.sampler.describe() else {"n": made["n"]}
+    for name, values in probe(job, dataclasses.replace(job.sampler, **fewer)).items():
         before, now = np.array(old.get(name, values)), np.array(values)
         if before.shape != now.shape or (abs(before - now) > ROUNDING * np.ptp(before)).any():
             raise ValueError(
