@@ -19,7 +19,8 @@ ensemble
 models
 variance theory
 engine.hardware engine.folding engine.admission engine.tuning engine.*
-engine.classifier engine.readouts engine.probe engine.live engine.processes engine.settings engine.stages
+engine.classifier engine.readouts engine.probe engine.live engine.processes engine.settings
+engine.stages
 engine.jobs engine.moments
 counts
 certify iss adaptive staircase audit memory sigma dual engine.copies attacks losses metrics
