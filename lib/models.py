@@ -51,6 +51,39 @@ def small_cnn(shape, classes, width=8):
     )
 
 
+class Denoised(nn.Module):
+    """A denoiser in front of a classifier that stays as it is (Salman et al. 2020).
+
+    The denoiser predicts the noise, which is taken off the image: f(x) = classifier(x - denoiser(x)).
+    The classifier gets no gradient, and its layers are in eval mode at all times.
+
+    - denoiser, classifier: nn.Module, of images to images and of images to logits.
+    """
+
+    def __init__(self, denoiser, classifier):
+        super().__init__()
+        self.denoiser, self.classifier = denoiser, classifier.requires_grad_(False)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.classifier.eval()
+        return self
+
+    def forward(self, x):
+        return self.classifier(x - self.denoiser(x))
+
+
+def small_denoiser(channels, width=16):
+    """Three convolutions, for images of about 8x8 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, width, 3, padding=1),
+        nn.ReLU(),
+        nn.Conv2d(width, channels, 3, padding=1),
+    )
+
+
 class _BasicBlock(nn.Module):
     """Two 3x3 convolutions and a shortcut (He et al. 2016).
 
@@ -109,7 +142,8 @@ def build(architecture, data, classes=None):
     """A new classifier: Normalize with the data set's constants, then the network.
 
     - architecture: "mlp", "small_cnn", "cifar_resnet20" or "cifar_resnet110" (272,474 and 1,730,714
-      parameters for 10 classes), or torchvision's "resnet18" or "resnet50" (for 224x224 pixels).
+      parameters for 10 classes), torchvision's "resnet18" or "resnet50" (for 224x224 pixels), or
+      "denoised_cnn", a small denoiser in front of a small_cnn, of which the denoiser alone learns.
     - data: name of a data set (lib.data.info).
     - classes: of the network's answers; None: the data set's.
 
@@ -135,6 +169,9 @@ def _torchvision(name, shape, classes):
 ARCHITECTURES = {
     "mlp": mlp,
     "small_cnn": small_cnn,
+    "denoised_cnn": lambda shape, classes: Denoised(
+        small_denoiser(shape[0]), small_cnn(shape, classes)
+    ),
     "cifar_resnet20": lambda shape, classes: CifarResNet(20, classes, shape[0]),
     "cifar_resnet110": lambda shape, classes: CifarResNet(110, classes, shape[0]),
     "resnet18": lambda shape, classes: _torchvision("resnet18", shape, classes),

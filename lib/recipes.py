@@ -41,6 +41,8 @@ class Recipe:
     - experts: names of networks, with spaces between them, stored beside it, of one noise each:
       this one is then the router of dual smoothing among them, trained on the labels of
       `lib.dual.best_expert`.
+    - classifier: name of a network stored beside it, which the denoiser of this one is trained for
+      (lib.models.Denoised).
     """
 
     architecture: str
@@ -51,14 +53,16 @@ class Recipe:
     threads: int | None = None
     members: int = 1
     experts: str = ""
+    classifier: str = ""
 
     def header(self):
         """The recipe as a flat dict of plain values, for a checkpoint."""
         parts = dataclasses.asdict(self)
         if self.members == 1:
             del parts["members"]
-        if not self.experts:
-            del parts["experts"]
+        for name in ("experts", "classifier"):
+            if not parts[name]:
+                del parts[name]
         return parts.pop("schedule") | parts
 
 
@@ -116,6 +120,9 @@ def train(recipe, path, data_path=None, device=None, half=True, say=None):
         return header
     torch.manual_seed(recipe.schedule.seed)
     network = build(recipe.architecture, recipe.data, len(recipe.experts.split()) or None)
+    if recipe.classifier:
+        frozen = load_checkpoint(path.parent / f"{recipe.classifier}.safetensors")[0]
+        network[1].classifier.load_state_dict(frozen[1].state_dict())
     if recipe.experts:
         y, test = _routes(recipe, path.parent, x, y), (test[0], _routes(recipe, path.parent, *test))
     begin, epochs = time.perf_counter(), recipe.schedule.epochs
