@@ -54,8 +54,8 @@ def small_cnn(shape, classes, width=8):
 class Denoised(nn.Module):
     """A denoiser in front of a classifier that stays as it is (Salman et al. 2020).
 
-    The denoiser predicts the noise, which is taken off the image: f(x) = classifier(x - denoiser(x)).
-    The classifier gets no gradient, and its layers are in eval mode at all times.
+    The denoiser predicts the noise, which is taken off: f(x) = classifier(x - denoiser(x)). The
+    classifier gets no gradient, and its layers are in eval mode at all times.
 
     - denoiser, classifier: nn.Module, of images to images and of images to logits.
     """

@@ -23,7 +23,14 @@ from lib.engine.int8 import quantize
 from lib.engine.live import ModelCounts
 from lib.ensemble import Ensemble, fit_weights, order_by_accuracy
 from lib.losses import LOSSES
-from lib.models import build, ensemble_header, load_checkpoint, model_hash, save_checkpoint
+from lib.models import (
+    Denoised,
+    build,
+    ensemble_header,
+    load_checkpoint,
+    model_hash,
+    save_checkpoint,
+)
 from lib.noise import Gaussian, restore_noise
 from lib.store.files import write_atomically
 from lib.train import Schedule, fit
@@ -120,9 +127,8 @@ def train(recipe, path, data_path=None, device=None, half=True, say=None):
         return header
     torch.manual_seed(recipe.schedule.seed)
     network = build(recipe.architecture, recipe.data, len(recipe.experts.split()) or None)
-    if recipe.classifier:
-        frozen = load_checkpoint(path.parent / f"{recipe.classifier}.safetensors")[0]
-        network[1].classifier.load_state_dict(frozen[1].state_dict())
+    if recipe.classifier or isinstance(network[1], Denoised):
+        _take_classifier(network, recipe, path.parent)
     if recipe.experts:
         y, test = _routes(recipe, path.parent, x, y), (test[0], _routes(recipe, path.parent, *test))
     begin, epochs = time.perf_counter(), recipe.schedule.epochs
@@ -160,6 +166,23 @@ def train(recipe, path, data_path=None, device=None, half=True, say=None):
             after_epoch(network, history)
     state.unlink(missing_ok=True)
     return load_checkpoint(path)[1]
+
+
+def _take_classifier(network, recipe, folder):
+    """Put a trained classifier behind the denoiser of a new network."""
+    if not (recipe.classifier and isinstance(network[1], Denoised)):
+        raise ValueError(
+            "classifier must be the name of a trained network where the architecture is a denoiser "
+            f"in front of one, and there alone; got {recipe.classifier!r} and {recipe.architecture}"
+        )
+    frozen, header = load_checkpoint(folder / f"{recipe.classifier}.safetensors")
+    try:
+        network[1].classifier.load_state_dict(frozen[1].state_dict())
+    except RuntimeError as error:
+        raise ValueError(
+            f"classifier {recipe.classifier}, a {header['architecture']} for {header['data']}, is "
+            f"not the one of architecture {recipe.architecture}"
+        ) from error
 
 
 def _routes(recipe, folder, x, y):

@@ -5,10 +5,13 @@ import json
 import pytest
 import safetensors.torch
 import torch
+from torch import nn
 
 from lib.data import INFO
+from lib.losses import GaussianLoss
 from lib.models import (
     ARCHITECTURES,
+    Denoised,
     Normalize,
     build,
     load_checkpoint,
@@ -16,6 +19,8 @@ from lib.models import (
     model_hash,
     save_checkpoint,
 )
+from lib.noise import Gaussian
+from lib.train import Schedule, fit
 
 HEADER = {"architecture": "small_cnn", "data": "digits", "sigma": 0.5, "seed": 3}
 
@@ -138,3 +143,21 @@ def test_buffers_that_a_state_dict_leaves_out_are_in_the_hash():
 
     assert model_hash(Scaled(0.5)) != model_hash(Scaled(0.25))
     assert model_hash(Scaled(0.5)) == model_hash(Scaled(0.5))
+
+
+def test_a_denoiser_takes_off_what_it_predicts_and_learns_alone():
+    """Linear maps by hand: the classifier sees x - 0.25 x. It stays in eval mode, and as it was."""
+    denoiser, classifier = (
+        nn.Conv2d(1, 1, 1, bias=False),
+        nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(4, 2)),
+    )
+    nn.init.constant_(denoiser.weight, 0.25)
+    model = Denoised(denoiser, classifier).train()
+    assert model.denoiser.training
+    assert not classifier[0].training
+    x = torch.rand(3, 1, 2, 2)
+    torch.testing.assert_close(model(x), classifier(0.75 * x))
+    before = {name: value.clone() for name, value in classifier.state_dict().items()}
+    fit(model, x, torch.tensor([0, 1, 1]), GaussianLoss(), Gaussian(0.25), Schedule(2, batch=3))
+    assert all((value == before[name]).all() for name, value in classifier.state_dict().items())
+    assert denoiser.weight.item() != 0.25

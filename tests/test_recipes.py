@@ -83,6 +83,30 @@ def test_a_router_is_trained_to_name_the_best_expert(tmp_path):
     assert "experts" not in zoo.MODELS[experts[0]].header()
 
 
+def test_a_denoiser_is_trained_for_a_classifier_that_stays_as_it_is(tmp_path):
+    """The one it names, of the same architecture; without one nothing is trained."""
+    for name in ("digits-cnn-clean", "cifar10-resnet20-sigma0.25-seed0"):
+        file = f"{name}.safetensors"
+        (tmp_path / file).write_bytes((zoo.DATA / "models" / file).read_bytes())
+    noise = {"name": "Gaussian", "sigma": 0.25}
+    recipe = Recipe("denoised_cnn", "digits", noise, {"name": "gaussian"}, Schedule(epochs=2))
+    recipe = dataclasses.replace(recipe, classifier="digits-cnn-clean", threads=1)
+    header = recipes.train(recipe, tmp_path / "denoised.safetensors")
+    network = load_checkpoint(tmp_path / "denoised.safetensors")[0]
+    clean = zoo.model("digits-cnn-clean")
+    assert header["classifier"] == recipe.classifier
+    assert model_hash(network[1].classifier) == model_hash(clean[1])
+    x = load("digits", "test")[0]
+    assert not torch.equal(network(x), clean(x))
+    for changes, message in (
+        ({"classifier": ""}, "classifier must be the name"),
+        ({"architecture": "small_cnn"}, "classifier must be the name"),
+        ({"classifier": "cifar10-resnet20-sigma0.25-seed0"}, "cifar_resnet20 for cifar10, is not"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            recipes.train(dataclasses.replace(recipe, **changes), tmp_path / "other.safetensors")
+
+
 def test_networks_are_chosen_on_images_that_are_never_certified(monkeypatch):
     """Noisy accuracy is measured at the given noise, on images of which no record at a stride of
     20 holds any."""
