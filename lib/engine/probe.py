@@ -70,7 +70,8 @@ def _votes(job):
     size = len(job.model.members), SHOWN, 5
     logits = torch.sin(torch.arange(np.prod(size), dtype=torch.float64) ** 2).float().view(size)
     names = [job.readouts] if isinstance(job.readouts, str) else job.readouts
-    return [readout(name).read(logits)[0].tolist() for name in names]
+    votes = map(readout, names)
+    return [vote.read(logits[list(vote.members)])[0].tolist() for vote in votes]
 
 
 def check_probe(job, old, made):
