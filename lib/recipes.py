@@ -177,7 +177,9 @@ def _take_classifier(network, recipe, folder):
         )
     frozen, header = load_checkpoint(folder / f"{recipe.classifier}.safetensors")
     try:
-        network[1].classifier.load_state_dict(frozen[1].state_dict())
+        # With its normalisation, which is the denoiser's, too.
+        both = torch.nn.Sequential(network[0], network[1].classifier)
+        both.load_state_dict(frozen.state_dict())
     except RuntimeError as error:
         raise ValueError(
             f"classifier {recipe.classifier}, a {header['architecture']} for {header['data']}, is "

@@ -354,6 +354,8 @@ def test_a_run_is_not_continued_by_a_sampler_whose_code_has_changed(tmp_path, mo
         with pytest.raises(ValueError, match="other code: sampler gives other values"):
             run(Certify(20, n), 5, tmp_path / "log")
     assert run(Certify(20, n), 5, tmp_path / "log")[0] > 0
+    begun = read_journal(tmp_path / "log.journal")[0]["probe"]
+    assert begun["n"] == [100]  # what later runs are compared with, too
 
 
 @pytest.mark.parametrize("sampler", [Certify(20, 100), RecordVotes(100)])

@@ -329,8 +329,7 @@ def _continued(job, journal):
         )
     check_engine(job, made["engine"])
     if journal.entries and "probe" in made:  # not in those of an older version
-        check_probe(job, made["probe"], old["sampler"])
-        made = made | {"probe": probe(job)}  # a sampler of more draws gives other values
+        check_probe(job, made["probe"])
     _check_results(job, journal)
     return made | {"settings": new}
 

@@ -36,13 +36,14 @@ class Shares:
 
 
 @torch.no_grad()
-def probe(job, sampler=None):
+def probe(job, n=None):
     """What a job makes of its first image, and its sampler and votes of made-up numbers.
 
-    - sampler: to try instead of the job's.
+    - n: that the sampler has instead of its own.
 
-    Returns {"noise": pixels, "model": logits, "sampler": radii, "draws": n, "vote": classes}, each
-    a list of rows of at most SHOWN numbers. Of a Program no logits: its hash covers its code.
+    Returns {"noise": pixels, "model": logits, "sampler": radii, "draws": theirs, "n": of the
+    sampler, "vote": classes}, each a list, or a list of rows of at most SHOWN numbers. Of a Program
+    no logits: its hash covers its code.
     """
     (image,) = torch.as_tensor(job.images[np.array([0])])
     stream = noise_stream(job.seed, 0, 0, torch.device("cpu"))
@@ -57,9 +58,12 @@ def probe(job, sampler=None):
             found["model"] = _shown(job.model(noisy.to(like)))
     if job.certifies:
         level = job.noise.select(np.zeros(len(SHARES), dtype=np.int64))
-        certificates = (sampler or job.sampler)(Shares(), level)
+        sampler = job.sampler if n is None else dataclasses.replace(job.sampler, n=n)
+        certificates = sampler(Shares(), level)
         signed = np.where(certificates.prediction == 1, -1, 1) * certificates.radius
-        found |= {"sampler": [signed.tolist()], "draws": [certificates.n.tolist()]}
+        found |= {"sampler": signed.tolist(), "draws": certificates.n.tolist()}
+        if "n" in sampler.describe():
+            found["n"] = [sampler.n]
     if job.readouts is not None:
         found["vote"] = _votes(job)
     return found
@@ -74,16 +78,14 @@ def _votes(job):
     return [vote.read(logits[list(vote.members)])[0].tolist() for vote in votes]
 
 
-def check_probe(job, old, made):
+def check_probe(job, old):
     """Refuse to continue a run whose code has changed since it was begun.
 
-    - old: what `probe` found then. made: how the sampler described itself then, which may have
-      had fewer draws.
+    - old: what `probe` found then, of a sampler that may have had fewer draws.
 
     Raises ValueError naming what has changed.
     """
-    fewer = {} if made == job.sampler.describe() else {"n": made["n"]}
-    for name, values in probe(job, dataclasses.replace(job.sampler, **fewer)).items():
+    for name, values in probe(job, *old.get("n", ())).items():
         before, now = np.array(old.get(name, values)), np.array(values)
         if before.shape != now.shape or (abs(before - now) > ROUNDING * np.ptp(before)).any():
             raise ValueError(
