@@ -3,6 +3,7 @@
 SGD with Nesterov momentum under a one-cycle schedule, stopped and resumed at any epoch.
 """
 
+import contextlib
 import copy
 import dataclasses
 import io
@@ -23,6 +24,7 @@ from lib.checks import (
 from lib.engine.admission import logits_of
 from lib.engine.hardware import keep_freed_memory
 from lib.engine.progress import progress_bar
+from lib.engine.rounding import in_bfloat16
 from lib.sigma import RADII, Objective, carry
 from lib.store.files import sha256, write_atomically
 from lib.store.registry import option
@@ -53,7 +55,9 @@ class Schedule:
     seed: int = option(0, "Of the initial weights, the order of the images and the noise.")
     augment: bool = option(False, "Random 4-pixel crops and horizontal flips.")
     average: float | None = option(None, "Decay of an average of the weights: the result then.")
-    dtype: str = option("float32", "bfloat16 trains under autocast.", DTYPES)
+    dtype: str = option(
+        "float32", "bfloat16: layers take and give it, weights stay float32.", DTYPES
+    )
     sigma_steps: int | None = option(
         None, "Each image has its own sigma, moved so many steps an epoch (lib.sigma.carry)."
     )
@@ -231,7 +235,7 @@ class _Loop:
     def _step(self, loss, images, labels, noise, generator):
         images = images.to(self.device).to(memory_format=torch.channels_last)
         reduced = self.schedule.dtype == "bfloat16"
-        with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=reduced):
+        with in_bfloat16(self.device) if reduced else contextlib.nullcontext():
             value = loss(self.model, images, labels.to(self.device), noise, generator)
         self.optimizer.zero_grad(set_to_none=True)
         value.backward()

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch import nn
 
 from lib import train as training
 from lib.data import load
+from lib.engine import rounding
 from lib.losses import LOSSES, GaussianLoss
 from lib.models import build, model_hash
 from lib.noise import Gaussian, Uniform
@@ -299,6 +301,52 @@ def test_training_in_bfloat16_learns_too(digits):
     )
     assert history[-1]["loss"] < 0.5 * history[0]["loss"]
     assert {p.dtype for p in model.parameters()} == {torch.float32}
+
+
+def gradients(layer, x, native, monkeypatch):
+    """A layer's results and gradients in bfloat16, by the processor's arithmetic or float32's."""
+    monkeypatch.setattr(rounding, "has_bfloat16", lambda device: native)
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    with rounding.in_bfloat16(torch.device("cpu")):
+        out = layer(x)
+    (out * torch.linspace(-1, 1, out[0].numel()).view(out[0].shape)).sum().backward()
+    return [out.detach(), x.grad, layer.weight.grad.clone(), layer.bias.grad.clone()]
+
+
+@pytest.mark.parametrize(
+    ("layer", "shape"),
+    [(nn.Conv2d(8, 16, 3, padding=1, stride=2), (4, 8, 10, 10)), (nn.Linear(30, 20), (16, 30))],
+)
+def test_bfloat16_in_float32_rounds_as_bfloat16_does(layer, shape, monkeypatch):
+    """Each number is the exact one of rounded inputs, rounded; torch's own is near it."""
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    found = gradients(layer, x, False, monkeypatch)
+    assert found[0].dtype == torch.bfloat16
+    exact = copy.deepcopy(layer).bfloat16().double()
+    inputs = x.bfloat16().double().requires_grad_()
+    out = exact(inputs)
+    weights = torch.linspace(-1, 1, out[0].numel()).view(out[0].shape).bfloat16().double()
+    (out * weights).sum().backward()
+    wanted = [out.detach(), inputs.grad, exact.weight.grad, exact.bias.grad]
+    native = gradients(layer, x, True, monkeypatch)
+    for a, b, c in zip(found, wanted, native, strict=True):
+        # Sums in float32 are off by up to 1e-6 of their largest terms.
+        assert (a.double() - b).abs().max() <= 2**-8 * b.abs().max()
+        assert (a.double() == b.bfloat16().double()).double().mean() > 0.99
+        assert (a.double() - c.double()).norm() < 0.01 * b.norm()
+
+
+def test_training_by_either_arithmetic_starts_alike(digits, monkeypatch):
+    losses = []
+    for native in (True, False):
+        monkeypatch.setattr(rounding, "has_bfloat16", lambda device, native=native: native)
+        schedule = Schedule(2, 0.05, dtype="bfloat16")
+        history = fit(
+            network("small_cnn"), *digits, GaussianLoss(), NOISE, schedule, progress=False
+        )
+        losses.append([row["loss"] for row in history])
+    assert np.allclose(*losses, rtol=0.02)
 
 
 def test_each_image_is_trained_under_its_own_sigma(digits):

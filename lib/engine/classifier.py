@@ -26,7 +26,8 @@ from lib.engine.hardware import (
     pick_device,
     processor,
 )
-from lib.engine.int8 import check_int8, eight_bit_products
+from lib.engine.int8 import check_int8, eight_bit_products, has_eight_bit_products
+from lib.engine.integers import in_float32
 from lib.engine.tuning import GPU_BLOCK, tuned
 from lib.store.programs import Program
 
@@ -105,8 +106,9 @@ class BaseClassifier:
     - device: default CUDA where there is one, else the CPU.
     - dtype: "float32", "bfloat16" or "int8", or the torch.dtype. The default follows a rule
       (`default_dtype`, and float32 if the network does not run in bfloat16), never a timing: it is
-      part of what is certified. A network of `lib.quantize` is int8 and nothing else; it is
-      compiled for a CPU with 8-bit dot products, or refused.
+      part of what is certified. A network of `lib.quantize` is int8 and nothing else: compiled
+      for a CPU with 8-bit dot products, and elsewhere the same integers in float32
+      (lib.engine.integers). Its default device is the CPU.
     - block: images per forward pass; every pass is full.
     - layout: "channels_last" or "contiguous".
     - compile: True, False, or "auto": compiled if a job is long enough to repay it, and only if
@@ -147,8 +149,8 @@ class BaseClassifier:
         if block is not None:
             check_draws(block=block)
         if isinstance(model, Program) or dtype == torch.int8:
-            device = check_int8(model, shape, device, dtype, compile)
-            dtype, compile, tune = torch.int8, True, False
+            check_int8(model, shape, dtype)
+            device, dtype, compile, tune = device or "cpu", torch.int8, compile is not False, False
         self.device = pick_device(device)
         self.shape = tuple(shape)
         model = copy.deepcopy(model).eval().float()
@@ -157,6 +159,9 @@ class BaseClassifier:
         # On the CPU, so that the same network is folded everywhere.
         short = folded(model.cpu(), self.shape)
         self.folded, model = short is not model, short.to(self.device)
+        self._eight_bit = compile and has_eight_bit_products(self.device)
+        if self.dtype == torch.int8 and not self._eight_bit:
+            model = in_float32(model)
         self._check_bfloat16(model, asked=dtype is not None)
         if self.device.type == "cpu":
             keep_freed_memory()
@@ -251,7 +256,8 @@ class BaseClassifier:
         limits = torch._dynamo.config.patch(
             recompile_limit=10_000, accumulated_recompile_limit=10_000
         )
-        watched = eight_bit_products() if self.dtype == torch.int8 else contextlib.nullcontext()
+        whole = self.dtype == torch.int8 and self._eight_bit
+        watched = eight_bit_products() if whole else contextlib.nullcontext()
         try:
             with cores(1), limits, torch._inductor.config.patch(freezing=True), watched:
                 self.forward(self.empty_block())
@@ -338,5 +344,5 @@ class BaseClassifier:
 
         A row where a logit is not finite votes for `classes`, one past the last class.
         """
-        with full_float32(self.device, self.dtype):
+        with full_float32(self.device, self.input_dtype):
             return (self._voter if voter is None else voter)(images)

@@ -1,4 +1,4 @@
-"""8-bit networks: static quantisation, done once, and what a machine must have to run them."""
+"""8-bit networks: static quantisation, done once, and where they are compiled to 8-bit products."""
 
 import contextlib
 import copy
@@ -104,10 +104,10 @@ def _quiet():
             logger.removeFilter(known)
 
 
-def check_int8(model, shape, device, dtype, compile):
-    """The device of an 8-bit base classifier, the CPU; a ValueError where it cannot be one here.
+def check_int8(model, shape, dtype):
+    """A network is 8-bit if and only if it was quantised: no precision is ever changed silently.
 
-    A network is 8-bit if and only if it was quantised: no precision is ever changed silently.
+    Raises ValueError where it is not, or was quantised for images of another shape.
     """
     if not isinstance(model, Program):
         raise ValueError(
@@ -123,20 +123,11 @@ def check_int8(model, shape, device, dtype, compile):
         raise ValueError(
             f"shape must be {model.shape}, as the network was quantised for; got {tuple(shape)}"
         )
-    if torch.device(device or "cpu").type != "cpu":
-        raise ValueError(f"device must be cpu for dtype int8; got {device}")
-    if compile is False:
-        raise ValueError(
-            "compile must not be False for dtype int8: run eagerly it is a slow simulation"
-        )
-    if not has_compiler():
-        raise ValueError("dtype int8 needs a C++ compiler (g++), and there is none: install one")
-    if not has_int8_products():
-        raise ValueError(
-            "dtype int8 needs a processor with 8-bit dot products (avx512_vnni, avx_vnni or AMX), "
-            "and this one has none: certify the float network"
-        )
-    return torch.device("cpu")
+
+
+def has_eight_bit_products(device):
+    """Whether 8-bit networks can be compiled there to the processor's own 8-bit products."""
+    return device.type == "cpu" and has_int8_products() and has_compiler()
 
 
 @contextlib.contextmanager
